@@ -1,0 +1,44 @@
+# Needs git, make and Python >= 3.11; everything else goes into .venv.
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+SEED ?=
+
+.PHONY: run test fmt check bench sim
+.DEFAULT_GOAL := run
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Penstock needs Python 3.11 or newer with the venv module; none was found." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The stamps make a second call start at once; a changed pyproject.toml installs again.
+.venv/.all: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]'
+	@touch $@
+
+.venv/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ .venv/.all
+
+run: .venv/.all
+	@exec $(BIN)/penstock up
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+fmt: .venv/.dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+check: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+bench: .venv/.dev
+	$(BIN)/python -m bench $(ARGS)
+
+sim: .venv/.dev
+	$(if $(SEED),PENSTOCK_SIM_SEED=$(SEED)) $(BIN)/python -m pytest -q tests/sim
