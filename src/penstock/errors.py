@@ -1,0 +1,313 @@
+"""Every error that Penstock raises on purpose, as one tree.
+
+    PenstockError
+    ├── SettingsError               a setting or the place it points to is wrong; nothing was touched (exit 2)
+    ├── BatchRefused                the API does not take this batch; nothing of it was stored
+    │   ├── MalformedBody · MalformedGzip · EmptyBatch · NoValidEvent · BadHeader · BodyMismatch       400
+    │   ├── NotFound 404 · MethodNotAllowed 405 · RequestTimeout 408 · LengthRequired 411
+    │   ├── ProducerFenced          409
+    │   ├── BodyTooLarge · BatchTooLarge        413
+    │   ├── UriTooLong 414 · UnsupportedEncoding · UnsupportedType 415 · HeaderTooLarge 431
+    │   ├── NumberReused · NumberTooOld         422
+    │   └── NotConfirmed            503: send the same number again
+    │       └── HubBusy · StorageFull · Draining · HubUnavailable
+    ├── HubError                    the log cannot give what was asked for
+    │   └── OffsetTrimmed · OffsetBeyondEnd · FrameDamaged · HubBroken
+    ├── StoreError                  the blob store did not do what was asked
+    │   └── BlobNotFound · LostRace · StoreUnavailable
+    └── ArchiveError                ledger, files and log do not agree; the partition stops
+
+A class carries its `code`, its HTTP `status` where it has one, whether sending the same again can help (`retryable`),
+and its data in `fields`. The client rebuilds the same class from `application/problem+json`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PenstockError(Exception):
+    """The root. `str(error)` is one sentence for people; `fields` are for programs."""
+
+    code: ClassVar[str] = "penstock_error"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    title: ClassVar[str] = "Penstock error"
+
+    def __init__(self, detail: str, **fields: object) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.fields = fields
+
+
+class SettingsError(PenstockError):
+    """A setting, or the place it points to, is wrong. Nothing was touched."""
+
+    code = "settings"
+    title = "Wrong settings"
+
+
+class BatchRefused(PenstockError):
+    """The API did not take the request. Nothing of it was stored."""
+
+    code = "refused"
+    status = 400
+    title = "Refused"
+
+
+class MalformedBody(BatchRefused):
+    """The body is not what its Content-Type says."""
+
+    code = "malformed_body"
+    title = "The body cannot be read"
+
+
+class MalformedGzip(BatchRefused):
+    """The compressed body is cut short, damaged, has several members or bytes behind its end."""
+
+    code = "malformed_gzip"
+    title = "The compressed body cannot be read"
+
+
+class EmptyBatch(BatchRefused):
+    """The body holds no event at all."""
+
+    code = "empty_batch"
+    title = "No event in the body"
+
+
+class NoValidEvent(BatchRefused):
+    """Every event of the batch was rejected; `rejected` lists why."""
+
+    code = "no_valid_event"
+    title = "No valid event in the body"
+
+
+class BadHeader(BatchRefused):
+    """A header is malformed or contradicts another."""
+
+    code = "bad_header"
+    title = "A header cannot be understood"
+
+
+class BodyMismatch(BatchRefused):
+    """The sha256 of the body that arrived is not the one that the client announced."""
+
+    code = "body_mismatch"
+    retryable = True
+    title = "The body is not the one that was sent"
+
+
+class NotFound(BatchRefused):
+    """No such path, partition or producer."""
+
+    code = "not_found"
+    status = 404
+    title = "Not found"
+
+
+class MethodNotAllowed(BatchRefused):
+    """The path exists and does not take this method."""
+
+    code = "method_not_allowed"
+    status = 405
+    title = "Method not allowed"
+
+
+class RequestTimeout(BatchRefused):
+    """The request did not arrive whole within its deadline."""
+
+    code = "request_timeout"
+    status = 408
+    retryable = True
+    title = "The request took too long to arrive"
+
+
+class LengthRequired(BatchRefused):
+    """A POST with neither Content-Length nor chunked body."""
+
+    code = "length_required"
+    status = 411
+    title = "Length required"
+
+
+class ProducerFenced(BatchRefused):
+    """A newer epoch of this producer has been seen."""
+
+    code = "producer_fenced"
+    status = 409
+    title = "An older epoch of this producer"
+
+
+class BodyTooLarge(BatchRefused):
+    """The body as sent is larger than `limit_bytes`."""
+
+    code = "body_too_large"
+    status = 413
+    title = "The body is too large"
+
+
+class BatchTooLarge(BatchRefused):
+    """The unzipped body is larger than `limit_bytes`, or holds more than `limit_events`."""
+
+    code = "batch_too_large"
+    status = 413
+    title = "The batch is too large"
+
+
+class UriTooLong(BatchRefused):
+    """The request target is longer than the server takes."""
+
+    code = "uri_too_long"
+    status = 414
+    title = "URI too long"
+
+
+class UnsupportedEncoding(BatchRefused):
+    """The Content-Encoding is not one of `supported`."""
+
+    code = "unsupported_encoding"
+    status = 415
+    title = "Unsupported Content-Encoding"
+
+
+class UnsupportedType(BatchRefused):
+    """The Content-Type is not one of `supported`."""
+
+    code = "unsupported_type"
+    status = 415
+    title = "Unsupported Content-Type"
+
+
+class HeaderTooLarge(BatchRefused):
+    """The header block is larger than `limit_bytes`."""
+
+    code = "header_too_large"
+    status = 431
+    title = "Request header fields too large"
+
+
+class NumberReused(BatchRefused):
+    """This producer has sent other bytes under the same number."""
+
+    code = "number_reused"
+    status = 422
+    title = "The number was used for other bytes"
+
+
+class NumberTooOld(BatchRefused):
+    """The number is lower than the producer's last and too old to be known."""
+
+    code = "number_too_old"
+    status = 422
+    title = "The number is too old to be known"
+
+
+class NotConfirmed(BatchRefused):
+    """The batch may or may not be stored: send the same bytes with the same number after `retry_after_s`."""
+
+    code = "not_confirmed"
+    status = 503
+    retryable = True
+    title = "Not confirmed"
+
+
+class HubBusy(NotConfirmed):
+    """More batches wait for a commit than the server holds."""
+
+    code = "hub_busy"
+    title = "The hub is busy"
+
+
+class StorageFull(NotConfirmed):
+    """The hub has reached its disk limit or the disk is full."""
+
+    code = "storage_full"
+    title = "The hub's storage is full"
+
+
+class Draining(NotConfirmed):
+    """The server is shutting down."""
+
+    code = "draining"
+    title = "The server is shutting down"
+
+
+class HubUnavailable(NotConfirmed):
+    """The commit failed or the hub cannot be reached."""
+
+    code = "hub_unavailable"
+    title = "The hub is not available"
+
+
+class HubError(PenstockError):
+    """The log cannot give what was asked for."""
+
+    code = "hub_error"
+    title = "Hub error"
+
+
+class OffsetTrimmed(HubError):
+    """The offset lies before the first event that is kept; `first` names that."""
+
+    code = "offset_trimmed"
+    status = 410
+    title = "The offset was trimmed"
+
+
+class OffsetBeyondEnd(HubError):
+    """The offset lies beyond the end of the log."""
+
+    code = "offset_beyond_end"
+    status = 400
+    title = "The offset lies beyond the end"
+
+
+class FrameDamaged(HubError):
+    """A frame's checksum or shape is wrong. Its partition cannot be read past it."""
+
+    code = "frame_damaged"
+    title = "A frame is damaged"
+
+
+class HubBroken(HubError):
+    """A write or sync failed: every process on this environment must be started again."""
+
+    code = "hub_broken"
+    title = "The hub's storage failed"
+
+
+class StoreError(PenstockError):
+    """The blob store did not do what was asked."""
+
+    code = "store_error"
+    title = "Blob store error"
+
+
+class BlobNotFound(StoreError):
+    """There is no blob of this name."""
+
+    code = "blob_not_found"
+    title = "Blob not found"
+
+
+class LostRace(StoreError):
+    """The blob was changed by another since its etag was read."""
+
+    code = "lost_race"
+    title = "Another was faster"
+
+
+class StoreUnavailable(StoreError):
+    """The store did not answer, or its answer leaves the outcome unknown."""
+
+    code = "store_unavailable"
+    retryable = True
+    title = "The blob store is not available"
+
+
+class ArchiveError(PenstockError):
+    """Ledger, hour files and log do not agree. The partition stops; nothing is overwritten."""
+
+    code = "archive_error"
+    title = "The archive does not agree with the log"

@@ -1,0 +1,209 @@
+"""The only place that syncs, links, renames and locks files.
+
+A visible name always has whole, synced content behind it: bytes are written to a work file (`.` and random letters, in the
+same folder), synced, and only then linked or renamed to their name; at last the folder is synced, because the name itself
+lies there. A failure before the link or rename leaves the name as it was; a failure after it (the sync of the folder)
+leaves the new content under the name, whole but perhaps not durable, and raises: the outcome must be read back.
+
+Work files of a killed process stay behind until `sweep` finds that nobody holds them any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+PART_BYTES = 1 << 20
+
+_WORK = re.compile(r"\.[0-9a-f]{16}")
+
+
+class Held:
+    """A lock that lasts until `release`, or until the process ends however it ends."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def release(self) -> None:
+        """Let go; no error if it was."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Files:
+    """Durable acts on files. Thread-safe. Every method raises OSError as the system gives it.
+
+    The methods with an underscore are single system calls; tests make them fail one by one.
+    """
+
+    def make_folders(self, path: Path) -> None:
+        """Make `path` and the folders above it that are missing. Their names are durable when it returns."""
+        missing = [path]
+        while not missing[-1].parent.exists():
+            missing.append(missing[-1].parent)
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                self._mkdir(folder)
+            # Also when another process made it: that one may be killed before its sync.
+            self.sync_folder(folder.parent)
+
+    def create(self, path: Path, body: bytes) -> bool:
+        """Create-only: False if there is a file of this name, which is then durable."""
+        with self._written(path.parent, io.BytesIO(body)) as work:
+            try:
+                self._link(work, path)
+                created = True
+            except FileExistsError:
+                created = False
+            finally:
+                self._forget(work)
+        self.sync_folder(path.parent)
+        return created
+
+    def replace(self, path: Path, body: bytes) -> None:
+        """The file has `body` when it returns; before that it has the old content or the new, never a mixture."""
+        self.put(path, io.BytesIO(body))
+
+    def put(self, path: Path, source: BinaryIO) -> None:
+        """`replace` from a stream, from where it stands to its end."""
+        with self._written(path.parent, source) as work:
+            try:
+                self._rename(work, path)
+            except BaseException:
+                self._forget(work)
+                raise
+        self.sync_folder(path.parent)
+
+    def read(self, path: Path) -> bytes:
+        """The whole file."""
+        return path.read_bytes()
+
+    def remove(self, path: Path) -> None:
+        """Durably absent afterwards; no error if it was."""
+        with contextlib.suppress(FileNotFoundError):
+            self._unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            self.sync_folder(path.parent)
+
+    @contextlib.contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        """Exclusive among threads and processes for as long as the block runs; waits for it.
+
+        The lock file stays: deleting it would let two in, each with a file of its own.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def hold(self, path: Path) -> Held | None:
+        """Take the lock for good, or None if another process has it; the file then names that one's pid.
+
+        Children that were forked without exec hold it too; those that were exec'ed do not.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            self._write_all(fd, f"{os.getpid()}\n".encode())
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        return Held(fd)
+
+    def work_file(self, folder: Path) -> BinaryIO:
+        """A file without a name in `folder`: gone when it is closed, or with the process."""
+        return cast(BinaryIO, tempfile.TemporaryFile(prefix=".", dir=folder))
+
+    def sweep(self, folder: Path) -> None:
+        """Delete the work files in `folder` whose writers have died: a writer holds a lock on its file while it writes."""
+        for path in folder.iterdir():
+            if not _WORK.fullmatch(path.name):
+                continue
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(fd)
+
+    def sync_folder(self, folder: Path) -> None:
+        """The names in `folder` are durable when it returns."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._fsync(fd)
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _written(self, folder: Path, source: BinaryIO) -> Iterator[Path]:
+        """A synced work file, locked until the block ends so that no `sweep` takes it for a dead one's."""
+        work, fd = self._locked_work(folder)
+        try:
+            try:
+                while part := source.read(PART_BYTES):
+                    self._write_all(fd, part)
+                self._fsync(fd)
+            except BaseException:
+                self._forget(work)
+                raise
+            yield work
+        finally:
+            os.close(fd)
+
+    def _locked_work(self, folder: Path) -> tuple[Path, int]:
+        while True:
+            work = folder / f".{secrets.token_hex(8)}"
+            fd = self._open_new(work)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return work, fd
+            os.close(fd)  # swept between being made and being locked
+
+    def _write_all(self, fd: int, body: bytes) -> None:
+        left = memoryview(body)
+        while left:
+            left = left[self._write(fd, left) :]
+
+    def _forget(self, work: Path) -> None:
+        with contextlib.suppress(OSError):
+            self._unlink(work)
+
+    def _mkdir(self, folder: Path) -> None:
+        folder.mkdir()
+
+    def _open_new(self, path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def _write(self, fd: int, body: memoryview) -> int:
+        return os.write(fd, body)
+
+    def _fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def _link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        source.replace(target)
+
+    def _unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def _flock(self, fd: int, operation: int) -> None:
+        fcntl.flock(fd, operation)

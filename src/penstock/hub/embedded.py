@@ -1,0 +1,383 @@
+"""The embedded hub: every partition and every producer's number in one LMDB environment (docs/formats.md, The embedded hub).
+
+One write transaction and one sync carry the frames of all partitions and the producers' entries, so a crash leaves all of a batch
+or nothing, and a batch that comes again is recognised by what was committed with it. LMDB writes pages that nothing refers to, syncs
+them, and then the meta page that makes them the tree: there is no log to replay and no tail to repair after a power cut.
+
+Several processes may open the same environment, each after its fork and once. Writers wait for LMDB's lock; it is robust, so
+the death of its holder frees it. Readers are copied out of and ended before anything is processed, because an open one keeps
+freed pages from being used again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import lmdb
+import msgspec
+
+from penstock.clock import Clock, timestamp
+from penstock.errors import (
+    HubBroken,
+    HubError,
+    HubUnavailable,
+    NotFound,
+    OffsetBeyondEnd,
+    SettingsError,
+    StorageFull,
+)
+from penstock.events import Appended, Batch, Bounds, FrameKind, Slice
+from penstock.hub import Refused
+from penstock.hub.commit import Commit, Positions
+from penstock.hub.layout import MARKER, META_HUB, META_POSITIONS, Databases, Meta, open_environment
+from penstock.hub.producers import WINDOW_MS, Producer, decode
+from penstock.hub.reading import (
+    decode_all,
+    drop_resident,
+    enqueued_at_ms,
+    extent,
+    is_open,
+    locate,
+    reading,
+    records,
+)
+
+if TYPE_CHECKING:
+    from lmdb import _Database as Database
+
+FULL_AT = 0.9
+DELETES_AT_ONCE = 1000
+RESIDENT_BYTES_MAX = 64 << 20
+DISK_ENDS_BYTES = 1 << 20
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Disk: `used` of `limit` bytes hold data; intake is refused at 90 %. `reader_lag`: commits since the oldest open read began."""
+
+    used: int
+    limit: int
+    full: bool
+    reader_lag: int
+
+
+def create(folder: Path, *, partitions: int, period_s: int, bytes_max: int, clock: Clock) -> None:
+    """Make the hub in `folder`, or check the one that is there. Raises SettingsError when that has other partitions or another period."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_environment(folder, bytes_max, read_only=False) as env, env.begin(write=True) as txn:
+        databases = Databases.create(env, txn, partitions)
+        found = txn.get(META_HUB, db=databases.meta)
+        if found is None:
+            meta = Meta.new(partitions, period_s, timestamp(clock.now_ms()))
+            txn.put(META_HUB, msgspec.json.encode(meta), db=databases.meta)
+            txn.put(META_POSITIONS, bytes(Positions.bytes_for(partitions)), db=databases.meta)
+            return
+        meta = Meta.decode(found)
+        if (meta.partitions, meta.period_s) != (partitions, period_s):
+            txn.abort()
+            raise SettingsError(
+                f"The hub in {folder} was created with {meta.partitions} partitions and a period of {meta.period_s} s; "
+                f"{partitions} partitions and {period_s} s were asked for. Both are fixed at creation: start with the values "
+                "it has, or on another data folder."
+            )
+
+
+class EmbeddedHub:
+    """The hub of one data folder, open in this process. Thread-safe.
+
+    `held`, 8 bytes shared with the supervisor, holds the monotonic millisecond since which this process has the write lock, else 0.
+    """
+
+    def __init__(
+        self, folder: Path, *, bytes_max: int, clock: Clock, read_only: bool = False, held: memoryview | None = None
+    ) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._held = held
+        self._env = open_environment(folder, bytes_max, read_only=read_only)
+        try:
+            self._databases = Databases.open(self._env)
+            with self._env.begin() as txn:
+                self._meta = Meta.decode(txn.get(META_HUB, db=self._databases.meta))
+        except lmdb.Error as error:
+            self._env.close()
+            raise SettingsError(f"There is no hub in {folder}: {error}.") from error
+        self._broken = False
+        self._resident_bytes = 0
+        self._expired_key = b""
+
+    def __enter__(self) -> EmbeddedHub:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the map. No other call may be running."""
+        self._env.close()
+
+    @property
+    def id(self) -> str:
+        return self._meta.hub
+
+    @property
+    def period_s(self) -> int:
+        return self._meta.period_s
+
+    def partitions(self) -> int:
+        return self._meta.partitions
+
+    def append(self, batches: Sequence[Batch]) -> Sequence[Appended | Refused]:
+        with _Write(self) as txn:
+            if self._is_full(txn):
+                raise StorageFull(
+                    f"The hub holds {FULL_AT:.0%} of its {self._env.info()['map_size']} bytes. Nothing of this batch was stored: keep "
+                    "it and send it again; events are deleted when they are archived and older than the retention."
+                )
+            commit = Commit(txn, self._databases, self._meta, self._clock.now_ms())
+            answers = [commit.add(batch) for batch in batches]
+            commit.finish()
+        return answers
+
+    def _is_full(self, txn: lmdb.Transaction) -> bool:
+        info = self._env.info()
+        page_bytes: int = self._databases.page_bytes
+        if (info["last_pgno"] + 1) * page_bytes < info["map_size"] * FULL_AT:
+            return False
+        used: int = self._databases.used_pages(txn) * page_bytes
+        return bool(used >= info["map_size"] * FULL_AT)
+
+    def read(self, partition: int, offset: str, *, bytes_max: int) -> Slice:
+        start = self._number(offset)
+        database = self._database(partition)
+        with reading(self._env) as txn:
+            end = self._positions(txn).next(partition)
+            if start > end:
+                raise OffsetBeyondEnd(
+                    f"Offset {start} of partition {partition} lies beyond the end of the log, {end}.", end=str(end)
+                )
+            found = list(records(txn.cursor(database), start, end, partition, bytes_max))
+        frames = decode_all(found, partition, start)
+        self._forget(sum(len(value) for _, value in found))
+        reached = max((read.next for read in frames), default=start)
+        return Slice(partition, offset, frames, str(max(reached, start)), str(end))
+
+    def bounds(self, partition: int) -> Bounds:
+        database = self._database(partition)
+        with reading(self._env) as txn:
+            positions = self._positions(txn)
+            end = positions.next(partition)
+            cursor = txn.cursor(database)
+            first, first_ms = end, positions.floor_ms
+            if cursor.first():
+                first, first_ms = min(end, extent(cursor)[0]), enqueued_at_ms(cursor)
+            return Bounds(first, end, self._databases.bytes_of(txn, database), first_ms, positions.floor_ms)
+
+    def locate(self, partition: int, at_ms: int) -> str:
+        with reading(self._env) as txn:
+            end = self._positions(txn).next(partition)
+            return str(locate(txn.cursor(self._database(partition)), end, at_ms))
+
+    def cut(self) -> Sequence[str]:
+        with _Write(self) as txn:
+            commit = Commit(txn, self._databases, self._meta, self._clock.now_ms())
+            ends = [str(commit.mark(partition, FrameKind.CUT_MARKER)) for partition in range(self._meta.partitions)]
+            commit.finish()
+        return ends
+
+    def trim(self, partition: int, *, before: str) -> None:
+        """Deletes in small transactions, so that intake waits for none of them long."""
+        limit = self._number(before)
+        database = self._database(partition)
+        while True:
+            with _Write(self) as txn:
+                deleted = events = 0
+                end = self._positions(txn).next(partition)
+                cursor = txn.cursor(database)
+                more = cursor.first()
+                while more and deleted < DELETES_AT_ONCE:
+                    number, following, kind = extent(cursor)
+                    # A marker at the end is kept: readers have yet to see it.
+                    if following > limit or (kind == MARKER and number >= end):
+                        break
+                    more = cursor.delete()
+                    deleted += 1
+                    events += following - number
+                if events:
+                    commit = Commit(txn, self._databases, self._meta, 0)
+                    commit.count("trimmed_events", events)
+                    commit.finish()
+                if not deleted:
+                    self._trim_accepted(txn, partition)
+            if deleted < DELETES_AT_ONCE:
+                return
+
+    def _trim_accepted(self, txn: lmdb.Transaction, partition: int) -> None:
+        cursor = txn.cursor(self._database(partition))
+        since = enqueued_at_ms(cursor) if cursor.first() else self._positions(txn).floor_ms
+        since -= since % (self._meta.period_s * 1000)
+        counts = txn.cursor(self._databases.accepted)
+        more = counts.first()
+        while more:
+            start_ms, of = Databases.ACCEPTED.unpack(counts.key())
+            if start_ms >= since:
+                return
+            more = counts.delete() if of == partition else counts.next()
+
+    def maintain(self) -> None:
+        """Once a second or so, from any one thread: time markers, dead readers, producers that were not heard of for 14 days."""
+        self._env.reader_check()
+        period_ms = self._meta.period_s * 1000
+        now_ms = self._clock.now_ms()
+        with reading(self._env) as txn:
+            positions = self._positions(txn)
+            since_ms = max(now_ms, positions.floor_ms) // period_ms * period_ms
+            due = positions.floor_ms < since_ms or any(
+                positions.period(partition)[0] < since_ms and is_open(txn.cursor(database))
+                for partition, database in enumerate(self._databases.frames)
+            )
+        if due:
+            # A partition whose last events are of an earlier period gets a marker; whatever comes later is in a later period.
+            with _Write(self) as txn:
+                commit = Commit(txn, self._databases, self._meta, now_ms)
+                for partition in range(self._meta.partitions):
+                    commit.mark(partition, FrameKind.TIME_MARKER)
+                commit.finish()
+        self._expire(now_ms - WINDOW_MS)
+
+    def _expire(self, before_ms: int) -> None:
+        with reading(self._env) as txn:
+            cursor = txn.cursor(self._databases.producers)
+            found: list[bytes] = []
+            more = cursor.set_range(self._expired_key)
+            for _ in range(DELETES_AT_ONCE):
+                if not more:
+                    break
+                if decode(cursor.value()).seen_at_ms < before_ms:
+                    found.append(cursor.key())
+                more = cursor.next()
+            self._expired_key = cursor.key() if more else b""
+        if found:
+            with _Write(self) as txn:
+                for key in found:
+                    entry = txn.get(key, db=self._databases.producers)
+                    if entry is not None and decode(entry).seen_at_ms < before_ms:
+                        txn.delete(key, db=self._databases.producers)
+
+    def producer(self, producer: str) -> Producer:
+        """What is known of a producer. Raises NotFound."""
+        key = producer.encode()
+        with reading(self._env) as txn:
+            entry = txn.get(key, db=self._databases.producers) if 0 < len(key) < 512 else None
+        if entry is None:
+            raise NotFound(f"Producer {producer} is not known: it has not sent a numbered batch for 14 days.")
+        return decode(entry)
+
+    def accepted(self) -> Iterator[tuple[int, int, int]]:
+        """(start of the period in ms, partition, events accepted in it), for the periods still in the log."""
+        with reading(self._env) as txn:
+            rows = [
+                (*Databases.ACCEPTED.unpack(key), int.from_bytes(value, "little"))
+                for key, value in txn.cursor(self._databases.accepted)
+            ]
+            positions = self._positions(txn)
+            rows.extend(
+                (period_ms, partition, count)
+                for partition in range(self._meta.partitions)
+                for period_ms, count in (positions.period(partition),)
+                if count
+            )
+        return iter(rows)
+
+    def counters(self) -> dict[str, int]:
+        """Counts that only grow: duplicates, dedup_window_passed, lost_batches, trimmed_events."""
+        with reading(self._env) as txn:
+            return self._databases.counters(txn)
+
+    def usage(self) -> Usage:
+        info = self._env.info()
+        with reading(self._env) as txn:
+            used = self._databases.used_pages(txn) * self._databases.page_bytes
+        readers = (line.split() for line in self._env.readers().splitlines()[1:])
+        oldest = min((int(row[2]) for row in readers if len(row) == 3 and row[2].isdigit()), default=info["last_txnid"])
+        return Usage(used, info["map_size"], used >= info["map_size"] * FULL_AT, info["last_txnid"] - oldest)
+
+    def _positions(self, txn: lmdb.Transaction) -> Positions:
+        return Positions(bytearray(txn.get(META_POSITIONS, db=self._databases.meta)))
+
+    def _database(self, partition: int) -> Database:
+        if not 0 <= partition < self._meta.partitions:
+            raise NotFound(f"There is no partition {partition}; this hub has 0 to {self._meta.partitions - 1}.")
+        return self._databases.frames[partition]
+
+    @staticmethod
+    def _number(offset: str) -> int:
+        if not (offset.isascii() and offset.isdigit() and len(offset) < 20):
+            raise HubError(f"{offset!r} is not an offset of this hub.")
+        return int(offset)
+
+    def _forget(self, read_bytes: int) -> None:
+        """Pages that were read stay mapped; give them back now and then, so that memory does not grow with the log."""
+        self._resident_bytes += read_bytes
+        if self._resident_bytes >= RESIDENT_BYTES_MAX:
+            self._resident_bytes = 0
+            drop_resident(self._folder / "data.mdb")
+
+
+class _Write:
+    """A write transaction; foreign errors become ours here, and a broken environment is not used again."""
+
+    def __init__(self, hub: EmbeddedHub) -> None:
+        self._hub = hub
+
+    def __enter__(self) -> lmdb.Transaction:
+        hub = self._hub
+        if hub._broken:
+            raise HubBroken("A write to the hub failed before; its processes are being started again.")
+        try:
+            self._txn = hub._env.begin(write=True)
+        except lmdb.Error as error:
+            raise self._translate(error) from error
+        if hub._held is not None:
+            struct.pack_into("<q", hub._held, 0, int(hub._clock.monotonic() * 1000))
+        return self._txn
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._txn.commit()
+            else:
+                self._txn.abort()
+        except lmdb.Error as failed:
+            raise self._translate(failed) from failed
+        finally:
+            if self._hub._held is not None:
+                struct.pack_into("<q", self._hub._held, 0, 0)
+        if isinstance(error, lmdb.Error):
+            raise self._translate(error) from error
+
+    def _translate(self, error: lmdb.Error) -> Exception:
+        # A full map or disk aborts the transaction and harms nothing. After any other failed write or sync nobody knows what the disk
+        # holds of the pages in memory: only a fresh start reads it from the disk.
+        if isinstance(error, lmdb.MapFullError | lmdb.DiskError) or self._is_disk_end(error):
+            return StorageFull(f"The hub's disk is full ({error}). Nothing of this batch was stored: send it again.")
+        if isinstance(error, lmdb.ReadonlyError):
+            return HubUnavailable("The hub is open for reading only in this process.")
+        self._hub._broken = True
+        return HubBroken(
+            f"A write to the hub in {self._hub._folder} failed: {error}. What was not answered must be sent again."
+        )
+
+    def _is_disk_end(self, error: lmdb.Error) -> bool:
+        """Whether this was the write that filled the disk: a short one, which LMDB calls EIO. It harms as little as ENOSPC."""
+        disk = os.statvfs(self._hub._folder)
+        return os.strerror(errno.EIO) in str(error) and disk.f_bavail * disk.f_frsize < DISK_ENDS_BYTES

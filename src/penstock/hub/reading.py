@@ -1,0 +1,133 @@
+"""Looking at one partition's records through a cursor, and giving back the memory that looking took."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import lmdb
+
+from penstock.errors import FrameDamaged, HubError, OffsetTrimmed
+from penstock.events import Frame
+from penstock.hub.layout import EVENTS, KEY, MARKER
+from penstock.wire import frame
+
+_TIME = struct.Struct("<q")
+_TIME_AT = 24
+_COUNT = struct.Struct("<I")
+_COUNT_AT = 32
+_MADV_DONTNEED = 4
+
+
+@contextlib.contextmanager
+def reading(env: lmdb.Environment) -> Iterator[lmdb.Transaction]:
+    """A read transaction, in which foreign errors become ours."""
+    try:
+        with env.begin() as txn:
+            yield txn
+    except lmdb.Error as error:
+        raise HubError(f"The hub cannot be read: {error}.") from error
+
+
+def enqueued_at_ms(cursor: lmdb.Cursor) -> int:
+    """The time in the header of the frame under the cursor."""
+    at: int = _TIME.unpack_from(cursor.value(), _TIME_AT)[0]
+    return at
+
+
+def extent(cursor: lmdb.Cursor) -> tuple[int, int, int]:
+    """First and next sequence number and kind (MARKER, EVENTS) of the record under the cursor."""
+    number, kind = KEY.unpack(cursor.key())
+    return number, number + (_COUNT.unpack_from(cursor.value(), _COUNT_AT)[0] if kind == EVENTS else 0), kind
+
+
+def is_open(cursor: lmdb.Cursor) -> bool:
+    """Whether a file may be open in this partition: its last record is events."""
+    return bool(cursor.last() and KEY.unpack(cursor.key())[1] == EVENTS)
+
+
+def records(cursor: lmdb.Cursor, start: int, end: int, partition: int, bytes_max: int) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and frames from the one that holds `start` on, at least one if there is any. Raises OffsetTrimmed."""
+    found = cursor.set_range(KEY.pack(start, MARKER))
+    if start < end and (not found or extent(cursor)[0] > start):
+        # `start` lies inside the frame before, if that is still there.
+        found = cursor.prev() if found else cursor.last()
+        if not found:
+            first = extent(cursor)[0] if cursor.first() else end
+            raise OffsetTrimmed(
+                f"Offset {start} of partition {partition} was trimmed; the log begins at {first}.", first=str(first)
+            )
+    size = 0
+    while found:
+        key, value = cursor.item()
+        if size and size + len(value) > bytes_max:
+            return
+        yield key, value
+        # A marker alone does not end a read: the offset behind it is the same, and the reader would not get on.
+        size += len(value) if KEY.unpack(key)[1] == EVENTS else 0
+        found = cursor.next()
+
+
+def decode_all(found: Iterable[tuple[bytes, bytes]], partition: int, start: int) -> list[Frame]:
+    """The frames of `records`, each the continuation of the one before: never less than there was.
+
+    Ends before a damaged one, and raises FrameDamaged when that is the first that is new to a reader at `start`.
+    """
+    frames: list[Frame] = []
+    reached = start
+    for key, value in found:
+        number = KEY.unpack(key)[0]
+        try:
+            read = frame.decode(value, where=f"{partition}/{number}")
+            goes_on = number == reached if frames else number == start or number < start < read.next
+            if not goes_on or (read.partition, read.first) != (partition, number):
+                raise FrameDamaged(
+                    f"The log of partition {partition} does not go on at {reached}: the next frame is {read.partition}/{read.first}.",
+                    where=f"{partition}/{reached}",
+                )
+        except FrameDamaged:
+            if reached == start:
+                raise
+            break
+        frames.append(read)
+        reached = max(start, read.next)
+    return frames
+
+
+def locate(cursor: lmdb.Cursor, end: int, at_ms: int) -> int:
+    """Where the first record at or after a time begins; `end` if there is none. Times never decrease, so one look halves it."""
+    low, high = 0, end
+    while low < high:
+        middle = (low + high) // 2
+        if not cursor.set_range(KEY.pack(middle, MARKER)):
+            high = middle
+            continue
+        number = extent(cursor)[0]
+        # Of a marker and events at one number, the events are the later: they say whether anything there is late enough.
+        if not cursor.set_key(KEY.pack(number, EVENTS)):
+            cursor.set_key(KEY.pack(number, MARKER))
+        if enqueued_at_ms(cursor) >= at_ms:
+            high = middle
+        else:
+            low = number + 1
+    return min(end, extent(cursor)[0]) if low < end and cursor.set_range(KEY.pack(low, MARKER)) else end
+
+
+def drop_resident(data_file: Path) -> None:
+    """Unmap the pages of a mapped file that were touched, without losing anything: a later touch maps them again.
+
+    Nothing happens where /proc is missing; resident memory is then higher, and no less correct.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    madvise = ctypes.CDLL(None).madvise
+    name = str(data_file.resolve())
+    for line in maps.read_text().splitlines():
+        if line.endswith(name):
+            begin, _, end = line.split(" ", 1)[0].partition("-")
+            start = int(begin, 16)
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(int(end, 16) - start), _MADV_DONTNEED)

@@ -1,0 +1,334 @@
+"""Every setting once: name, type, default, limits, help. Flags, environment, penstock.toml and docs come from it.
+
+A value is looked for in this order: flag, environment (`PENSTOCK_…`), `penstock.toml` in the working folder (or the
+file that `--config` names), default. People write durations as `250ms`, `30s`, `10m`, `1h`, `7d` (a bare number is
+seconds) and sizes as `64KiB`, `1MiB`, `64GiB`, `10MB` (a bare number is bytes).
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from penstock.errors import SettingsError
+
+DAY_S = 86_400
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+
+class Kind(enum.Enum):
+    """How the text of a setting is read."""
+
+    TEXT = "text"
+    PATH = "path"
+    ADDRESS = "address"
+    CHOICE = "choice"
+    COUNT = "count"
+    SIZE = "size"
+    DURATION = "duration"
+    FLAG = "flag"
+
+
+class Address(NamedTuple):
+    """Where a socket listens. Port 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+Value = str | int | float | bool | Address
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`least` and `most` are inclusive, in the kind's own unit: bytes, seconds, or a number of `unit`."""
+
+    name: str
+    kind: Kind
+    default: str
+    help: str
+    commands: tuple[str, ...]
+    unit: str = ""
+    least: str = ""
+    most: str = ""
+    choices: tuple[str, ...] = ()
+    flag: str = ""
+
+    @property
+    def option(self) -> str:
+        return f"--{self.flag or self.name}"
+
+    @property
+    def variable(self) -> str:
+        return "PENSTOCK_" + self.name.upper().replace("-", "_")
+
+
+_API = ("up", "api")
+_HOST = ("up", "host")
+_SERVE = ("up", "api", "host")
+_LOOK = ("status", "leases", "audit", "verify", "flush")
+_K = Kind
+
+# fmt: off
+SETTINGS: tuple[Setting, ...] = (
+    Setting("data", _K.PATH, "./data", "The folder of this installation.", (*_SERVE, *_LOOK, "send")),
+    Setting("url", _K.TEXT, "http://127.0.0.1:8480",
+            "Address of the API; for `flush` of the admin port. Default: what `up` wrote down in the data folder.",
+            ("send", "status", "leases", "flush")),
+    Setting("listen", _K.ADDRESS, "127.0.0.1:8480", "Where the API listens; loopback only, port 0 is any free one.", _API),
+    Setting("admin", _K.ADDRESS, "127.0.0.1:8481", "Where health, status and flush are served; loopback only.", _API),
+    Setting("workers", _K.COUNT, "cores", "API worker processes.", _API, "processes", "1", "64"),
+    Setting("partitions", _K.COUNT, "16", "Partitions of the hub; fixed when it is created.", _API, "", "1", "1024"),
+    Setting("period", _K.DURATION, "1h",
+            "Length of an hour file: whole seconds that divide a day; fixed when the hub is created.",
+            _API, "", "1s", "24h"),
+    Setting("store", _K.TEXT, "DATA/store", "Blob store: a folder or `file:///folder`.", (*_SERVE, *_LOOK)),
+    Setting("archive", _K.CHOICE, "on", "`none`: no archiver, and retention deletes what was not archived.",
+            (*_API, "audit"), choices=("on", "none")),
+    Setting("retention", _K.DURATION, "7d", "How long the hub keeps what is archived.", _API, "", "1s", "3650d"),
+    Setting("lease", _K.DURATION, "30s", "A lease that did not change for so long may be taken over.",
+            (*_HOST, "leases"), "", "1s", "1h"),
+    Setting("name", _K.TEXT, "", "Name of this host in the leases. Default: host name and random digits.", ("host",)),
+    Setting("anonymous", _K.FLAG, "no", "Take events without a key (there are no keys yet; loopback only).", _API),
+    Setting("device-field", _K.TEXT, "deviceId", "The field of an event that names its device.", (*_SERVE, "send")),
+    Setting("hub-bytes-max", _K.SIZE, "64GiB",
+            "The hub's size on disk (the file is sparse). At 90 % of it new events are refused.",
+            (*_SERVE, *_LOOK), "", "16MiB", "16TiB"),
+    Setting("body-bytes-max", _K.SIZE, "1MiB", "A request's body as sent.", _API, "", "1KiB", "64MiB"),
+    Setting("batch-bytes-max", _K.SIZE, "16MiB", "A request's body unzipped.", _API, "", "1KiB", "256MiB"),
+    Setting("batch-events-max", _K.COUNT, "10000", "Events of a batch.", _API, "events", "1", "1000000"),
+    Setting("event-bytes-max", _K.SIZE, "256KiB", "One event.", _API, "", "64", "256KiB"),
+    Setting("frame-bytes-max", _K.SIZE, "256KiB", "NDJSON of a frame before zip.", _API, "", "4KiB", "256KiB"),
+    Setting("header-bytes-max", _K.SIZE, "16KiB", "A request's line and headers.", _API, "", "1KiB", "1MiB"),
+    Setting("header-timeout", _K.DURATION, "30s", "From a request's first byte to the end of its headers.",
+            _API, "", "10ms", "1h"),
+    Setting("idle-timeout", _K.DURATION, "30s", "A connection without a request is closed.", _API, "", "10ms", "1h"),
+    Setting("body-timeout", _K.DURATION, "30s", "From the end of the headers to the end of the body.",
+            _API, "", "10ms", "1h"),
+    Setting("queue-batches-max", _K.COUNT, "4096",
+            "Batches of one worker that wait for a commit; more are answered `hub_busy`.",
+            _API, "batches", "1", "1000000"),
+    Setting("file-bytes-max", _K.SIZE, "1GiB", "NDJSON in one hour file; then the next part begins.",
+            _HOST, "", "256KiB", "1TiB"),
+    Setting("stop-timeout", _K.DURATION, "9s", "On SIGTERM what still runs after so long is killed; half of it is for requests.",
+            _API, "", "1s", "2h"),
+    Setting("log-level", _K.CHOICE, "info", "The least level that is logged.",
+            _SERVE, choices=("debug", "info", "warning", "error")),
+    Setting("batch", _K.COUNT, "1000", "Events of one request.", ("send",), "events", "1", "10000"),
+    Setting("lanes", _K.COUNT, "4", "Requests in flight; a device is always in the same lane.",
+            ("send",), "lanes", "1", "64"),
+    Setting("send-timeout", _K.DURATION, "10m", "Give up after so long without any progress.",
+            ("send",), "", "100ms", "30d", flag="timeout"),
+    Setting("flush-timeout", _K.DURATION, "60s", "Wait so long for the archiver.",
+            ("flush",), "", "0s", "30d", flag="timeout"),
+)
+# fmt: on
+
+
+class Values:
+    """The settings of one command, each checked. `given` tells whether a value is more than the default."""
+
+    def __init__(self, values: Mapping[str, Value], sources: Mapping[str, str]) -> None:
+        self._values = values
+        self._sources = sources
+
+    def text(self, name: str) -> str:
+        value = self._values[name]
+        assert isinstance(value, str), name
+        return value
+
+    def count(self, name: str) -> int:
+        """Of a COUNT or SIZE."""
+        value = self._values[name]
+        assert isinstance(value, int), name
+        return value
+
+    def seconds(self, name: str) -> float:
+        value = self._values[name]
+        assert isinstance(value, float), name
+        return value
+
+    def flag(self, name: str) -> bool:
+        return self._values[name] is True
+
+    def address(self, name: str) -> Address:
+        value = self._values[name]
+        assert isinstance(value, Address), name
+        return value
+
+    def source(self, name: str) -> str:
+        """`flag`, `environment`, `file` or `default`."""
+        return self._sources[name]
+
+
+def load(
+    command: str,
+    flags: Mapping[str, str | bool | None],
+    environ: Mapping[str, str],
+    config: Path | None = None,
+) -> Values:
+    """All settings of `command`. `flags` are texts by setting name; None stands for a flag that was not given.
+
+    Raises SettingsError for a wrong value, a name that penstock.toml cannot have, a config file that is not there.
+    """
+    from_file = _read_file(config)
+    values: dict[str, Value] = {}
+    sources: dict[str, str] = {}
+    for setting in of_command(command):
+        text: str
+        flag = flags.get(setting.name)
+        if flag is not None and flag is not False:
+            text, source, where = str(flag), "flag", setting.option
+        elif setting.variable in environ:
+            text, source, where = environ[setting.variable], "environment", setting.variable
+        elif setting.name in from_file:
+            text, source, where = from_file[setting.name], "file", f"{setting.name} in {config or 'penstock.toml'}"
+        else:
+            text, source, where = setting.default, "default", setting.option
+        values[setting.name] = _read(setting, text, where)
+        sources[setting.name] = source
+    return Values(values, sources)
+
+
+def of_command(command: str) -> Iterable[Setting]:
+    return (setting for setting in SETTINGS if command in setting.commands)
+
+
+def _read_file(config: Path | None) -> dict[str, str]:
+    path = config or Path("penstock.toml")
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        if config is None:
+            return {}
+        raise SettingsError(f"The settings file {config} is not there.") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file {path} cannot be read: {error}.") from error
+    known = {setting.name for setting in SETTINGS}
+    texts = {}
+    for name, value in table.items():
+        if name not in known:
+            raise SettingsError(f"{path}: there is no setting `{name}`.")
+        if not isinstance(value, str | int | float):
+            raise SettingsError(f"{path}: {name} is neither a text nor a number nor true or false.")
+        texts[name] = str(value)
+    return texts
+
+
+def _read(setting: Setting, text: str, where: str) -> Value:
+    try:
+        value = parse(setting.kind, text)
+        if setting.least and isinstance(value, int | float):
+            least, most = parse(setting.kind, setting.least), parse(setting.kind, setting.most)
+            assert isinstance(least, int | float) and isinstance(most, int | float), setting.name
+            if not least <= value <= most:
+                raise SettingsError(f"it must be between {setting.least} and {setting.most}")
+        if setting.choices and text not in setting.choices:
+            raise SettingsError(f"it must be one of {', '.join(setting.choices)}")
+        if setting.name == "period" and (text_seconds(text) % 1 or DAY_S % text_seconds(text)):
+            raise SettingsError("it must be whole seconds that divide 24h")
+        if setting.name == "name" and not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
+            raise SettingsError("a host's name is at most 64 of A-Z a-z 0-9 . _ -")
+    except SettingsError as error:
+        raise SettingsError(f"{where} is wrong ({text!r}): {error.detail}.") from error
+    return value
+
+
+def parse(kind: Kind, text: str) -> Value:
+    """The value of a text. Raises SettingsError with half a sentence."""
+    match kind:
+        case Kind.COUNT:
+            if text == "cores":
+                return os.cpu_count() or 1
+            if not re.fullmatch(r"[0-9]{1,18}", text):
+                raise SettingsError("it must be a whole number")
+            return int(text)
+        case Kind.SIZE:
+            return text_bytes(text)
+        case Kind.DURATION:
+            return text_seconds(text)
+        case Kind.ADDRESS:
+            return _address(text)
+        case Kind.FLAG:
+            if text.lower() in ("1", "true", "yes", "on"):
+                return True
+            if text.lower() in ("", "0", "false", "no", "off"):
+                return False
+            raise SettingsError("it must be yes or no")
+        case _:
+            return text
+
+
+def text_seconds(text: str) -> float:
+    """`250ms`, `30s`, `10m`, `1h`, `7d`; a bare number is seconds."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ms|s|m|h|d|)", text)
+    if not match:
+        raise SettingsError("it must be a duration such as 250ms, 30s, 10m, 1h or 7d")
+    scale = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": float(DAY_S)}
+    return float(match[1]) * scale[match[2]]
+
+
+def text_bytes(text: str) -> int:
+    """`64KiB`, `1MiB`, `64GiB`, `1TiB`, `10kB`, `10MB`, `1GB`; a bare number is bytes."""
+    match = re.fullmatch(r"([0-9]{1,18})(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB|)", text)
+    if not match:
+        raise SettingsError("it must be a size such as 64KiB, 1MiB or 64GiB")
+    scale = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    scale |= {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
+    return int(match[1]) * scale[match[2]]
+
+
+def _address(text: str) -> Address:
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", text)
+    if not match or int(match[3]) > 65_535:
+        raise SettingsError("it must be HOST:PORT")
+    host = "127.0.0.1" if match[2] == "localhost" else match[1] or match[2]
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise SettingsError(
+            "only loopback addresses can be listened on, because there are no keys yet: they come in a later version"
+        )
+    return Address(host, int(match[3]))
+
+
+def document() -> str:
+    """docs/settings.md."""
+    lines = [
+        "# Settings",
+        "",
+        "Generated by `python -m penstock.settings > docs/settings.md`; do not edit.",
+        "",
+        "A value is looked for in this order: flag, environment variable, `penstock.toml` in the working folder",
+        "(`--config FILE` names another; its keys are the names below), default. Durations are written `250ms`, `30s`,",
+        "`10m`, `1h`, `7d` (a bare number is seconds), sizes `64KiB`, `1MiB`, `64GiB`, `10MB` (a bare number is bytes).",
+        "A wrong value ends the command with exit 2 before anything is touched.",
+        "",
+        "| name | flag | environment | type | default | limits | commands | what |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for setting in SETTINGS:
+        limits = f"{setting.least} … {setting.most}" if setting.least else " · ".join(f"`{c}`" for c in setting.choices)
+        kind = f"{setting.kind.value}, {setting.unit}" if setting.unit else setting.kind.value
+        default = f"`{setting.default}`" if setting.default else ""
+        cells = [f"`{setting.name}`", f"`{setting.option}`", f"`{setting.variable}`", kind, default, limits]
+        cells += [" ".join(setting.commands), setting.help]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

@@ -1,0 +1,171 @@
+"""What a POST's body is made of: bounded unzip, and the framings that become lines of one event each.
+
+Nothing is re-serialised: an event keeps its bytes. Every way out is bounded before the memory is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import msgspec
+import zstandard
+from isal import isal_zlib
+
+from penstock.errors import (
+    BatchTooLarge,
+    EmptyBatch,
+    MalformedBody,
+    MalformedGzip,
+    NoValidEvent,
+    UnsupportedEncoding,
+    UnsupportedType,
+)
+
+ENCODINGS = ("gzip", "zstd", "identity")
+TYPES = ("application/x-ndjson", "application/json")
+
+_NDJSON = frozenset(("application/x-ndjson", "application/ndjson", "application/jsonl", ""))
+_RAW = msgspec.json.Decoder(msgspec.Raw)
+_RAWS = msgspec.json.Decoder(list[msgspec.Raw])
+_LINE_FEEDS = bytes.maketrans(b"\r\n", b"  ")
+_CHARSET = re.compile(r';\s*charset\s*=\s*"?([^";]*)', re.IGNORECASE)
+# Strings and lists of plain values whole, so that only what makes up the depth is looked at one by one.
+_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|\[[^\[\]{}"]*+\]|[\[\]{},]', re.DOTALL)
+_COMMAS_AT_ONCE = 1 << 19
+
+
+def unzip(body: bytes, encoding: str, *, bytes_max: int) -> bytes:
+    """The body as its Content-Encoding means it, at most `bytes_max` long.
+
+    Raises UnsupportedEncoding, MalformedGzip (cut short, damaged, several members, bytes behind the end), BatchTooLarge.
+    """
+    if encoding == "gzip" or encoding == "x-gzip":
+        return _gunzip(body, bytes_max)
+    if encoding == "zstd":
+        return _unzstd(body, bytes_max)
+    if encoding in ("", "identity"):
+        if len(body) > bytes_max:
+            raise _too_large(bytes_max)
+        return body
+    raise UnsupportedEncoding(
+        f"Content-Encoding {encoding!r} is not supported; send {', '.join(ENCODINGS)}.", supported=list(ENCODINGS)
+    )
+
+
+def _too_large(bytes_max: int) -> BatchTooLarge:
+    return BatchTooLarge(
+        f"The batch is larger than {bytes_max} bytes unzipped; nothing was stored. Split it and send the parts.",
+        limit_bytes=bytes_max,
+    )
+
+
+def _gunzip(body: bytes, bytes_max: int) -> bytes:
+    unzipper = isal_zlib.decompressobj(31)
+    try:
+        unzipped: bytes = unzipper.decompress(body, bytes_max + 1)
+    except isal_zlib.IsalError as error:
+        raise MalformedGzip(f"The gzip body is damaged: {error}. Nothing was stored.") from error
+    if len(unzipped) > bytes_max:
+        raise _too_large(bytes_max)
+    if not unzipper.eof:
+        raise MalformedGzip("The gzip body is cut short. Nothing was stored.")
+    if unzipper.unused_data:
+        raise MalformedGzip("Bytes follow the first gzip member; send exactly one. Nothing was stored.")
+    return unzipped
+
+
+def _unzstd(body: bytes, bytes_max: int) -> bytes:
+    try:
+        declared = zstandard.get_frame_parameters(body).content_size
+        if declared not in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) and declared > bytes_max:
+            raise _too_large(bytes_max)
+        if declared == 0:  # the one-shot call below takes 0 for unknown
+            return _zstd_stream(body, bytes_max)
+        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
+            body, max_output_size=bytes_max, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        # Of unknown size, a body that is too large and one that is damaged fail alike: tell them apart, still bounded.
+        with contextlib.suppress(zstandard.ZstdError):
+            _zstd_stream(body, bytes_max)
+        raise MalformedGzip(f"The zstd body cannot be read: {error}. Nothing was stored.") from error
+
+
+def _zstd_stream(body: bytes, bytes_max: int) -> bytes:
+    with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body) as reader:
+        unzipped: bytes = reader.read(bytes_max + 1)
+    if len(unzipped) > bytes_max:
+        raise _too_large(bytes_max)
+    return unzipped
+
+
+def ndjson(body: bytes, content_type: str, *, events_max: int = 10_000) -> bytes:
+    """The body as NDJSON: a JSON array or one object becomes lines, NDJSON stays what it is.
+
+    A raw line feed between the tokens of an event becomes a space; inside a string JSON has none. Raises UnsupportedType,
+    MalformedBody (an array that is not JSON or not UTF-8), EmptyBatch, NoValidEvent (one object that is not JSON), BatchTooLarge (an
+    array of so many values that it must not be decoded to count them).
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    found = _CHARSET.search(content_type)
+    charset = found[1].strip().lower() if found else ""
+    if charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise UnsupportedType(f"The charset {charset!r} is not supported; send UTF-8.", supported=["utf-8"])
+    if media_type in _NDJSON:
+        return body
+    if media_type != "application/json":
+        raise UnsupportedType(
+            f"Content-Type {media_type!r} is not supported; send {' or '.join(TYPES)}.", supported=list(TYPES)
+        )
+    text = body.strip(b" \t\r\n")
+    if not text:
+        raise EmptyBatch("The body is empty. Nothing was stored.")
+    return _array(text, events_max) if text[:1] == b"[" else _one(text)
+
+
+def _array(text: bytes, events_max: int) -> bytes:
+    try:
+        text.isascii() or text.decode()
+        if text.count(b",") > _COMMAS_AT_ONCE and _has_more(text, events_max):
+            raise BatchTooLarge(
+                f"The batch holds more than {events_max} events; nothing was stored. Split it and send the parts.",
+                limit_events=events_max,
+            )
+        raws = _RAWS.decode(text)
+    except UnicodeDecodeError as error:
+        raise MalformedBody(f"The JSON array is not UTF-8 at byte {error.start}. Nothing was stored.") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise MalformedBody(f"The JSON array is not JSON: {error}. Nothing was stored.") from error
+    if not raws:
+        raise EmptyBatch("The JSON array is empty. Nothing was stored.")
+    lines = [bytes(raw) for raw in raws]
+    if b"\n" in text or b"\r" in text:
+        lines = [line.translate(_LINE_FEEDS) for line in lines]
+    lines.append(b"")
+    return b"\n".join(lines)
+
+
+def _has_more(array: bytes, events_max: int) -> bool:
+    """Whether an array has more than so many elements, in constant memory. A decoder makes an object of each: 16 MiB of `1,` are 1 GB."""
+    depth = commas = 0
+    for token in _STRUCTURE.finditer(array, 1):
+        first = token[0][0]
+        if first == 0x2C:
+            commas += not depth
+            if commas >= events_max:
+                return True
+        elif first in b"{[" and len(token[0]) == 1:
+            depth += 1
+        elif first in b"}]":
+            depth -= 1
+    return False
+
+
+def _one(text: bytes) -> bytes:
+    try:
+        _RAW.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        rejected = [{"index": 0, "code": "not_json", "detail": str(error)}]
+        raise NoValidEvent(f"The body is not JSON: {error}. Nothing was stored.", rejected=rejected) from error
+    return text.translate(_LINE_FEEDS) + b"\n"

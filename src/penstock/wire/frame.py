@@ -1,0 +1,229 @@
+"""The frame: what one commit adds to a partition (docs/formats.md, Frame).
+
+A header that says whose events these are, with a CRC of its own, and the events as NDJSON: one gzip member, or plain when short.
+Both the stored bytes and the NDJSON have a CRC-32, so a copy can be checked without unzipping and a file's CRC can be combined.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+from isal import isal_zlib
+
+from penstock.errors import FrameDamaged
+from penstock.events import DEVICE_FIELD, Event, Frame, FrameKind, Slice, Source
+
+VERSION = 1
+PLAIN_BYTES_MAX = 4096
+FRAME_BYTES_MAX = 256 * 1024
+
+_MAGIC = b"PF"
+_HEAD = struct.Struct("<2sBBI")
+_REST = struct.Struct("<HHQqIIIII")
+_CRC = struct.Struct("<I")
+_SOURCE = struct.Struct("<IQIB")
+_TRAILER = struct.Struct("<II")
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]]', re.DOTALL)
+_COLON = re.compile(rb"[ \t\r]*+:[ \t\r]*+")
+HEADER_BYTES = _HEAD.size + _CRC.size + _REST.size
+
+
+def member(ndjson: bytes) -> bytes:
+    """One gzip member (RFC 1952) of these bytes; the same bytes in give the same bytes out."""
+    compressed: bytes = isal_zlib.compress(ndjson, 1, 31)
+    return compressed
+
+
+def member_crc(zipped: bytes) -> int:
+    """CRC-32 of what a gzip member holds, from its trailer."""
+    crc: int = _TRAILER.unpack_from(zipped, len(zipped) - _TRAILER.size)[0]
+    return crc
+
+
+def crc32(data: bytes, start: int = 0) -> int:
+    """CRC-32 of gzip and zlib."""
+    crc: int = isal_zlib.crc32(data, start)
+    return crc
+
+
+def pack_source(source: Source) -> bytes:
+    """A source as it lies in a header."""
+    producer = source.producer.encode()
+    field = b"" if source.device_field == DEVICE_FIELD else source.device_field.encode()
+    return b"".join(
+        (
+            bytes((len(producer),)),
+            producer,
+            _SOURCE.pack(source.epoch, source.sequence, source.count, len(source.sha256)),
+            source.sha256,
+            len(source.properties).to_bytes(2, "little"),
+            source.properties,
+            bytes((len(field),)),
+            field,
+        )
+    )
+
+
+def pack(
+    kind: int,
+    partition: int,
+    first: int,
+    count: int,
+    enqueued_at_ms: int,
+    raw_bytes: int,
+    content_crc: int,
+    body_crc: int,
+    sources: Iterable[bytes],
+    body: bytes,
+) -> bytes:
+    """A whole frame from parts that are ready: called inside the hub's write transaction, so it does no more than it must."""
+    packed = tuple(sources)
+    rest = _REST.pack(
+        partition, len(packed), first, enqueued_at_ms, count, raw_bytes, len(body), content_crc, body_crc
+    ) + b"".join(packed)
+    head = _HEAD.pack(_MAGIC, VERSION, kind, _HEAD.size + _CRC.size + len(rest))
+    return b"".join((head, _CRC.pack(crc32(rest, crc32(head))), rest, body))
+
+
+def encode(frame: Frame) -> bytes:
+    """The bytes of a frame."""
+    return pack(
+        frame.kind,
+        frame.partition,
+        frame.first,
+        frame.count,
+        frame.enqueued_at_ms,
+        frame.raw_bytes,
+        frame.content_crc,
+        crc32(frame.body),
+        map(pack_source, frame.sources),
+        frame.body,
+    )
+
+
+def decode(data: bytes, *, where: str = "") -> Frame:
+    """The frame that these bytes are. Raises FrameDamaged unless every length and checksum is right."""
+
+    def damaged(what: str) -> FrameDamaged:
+        return FrameDamaged(
+            f"A frame{' at ' + where if where else ''} is damaged: {what}. "
+            "Nothing behind it is read; restore the hub from a backup or archive up to it.",
+            where=where,
+        )
+
+    if len(data) < HEADER_BYTES:
+        raise damaged(f"{len(data)} bytes, a header has {HEADER_BYTES}")
+    magic, version, kind, header_bytes = _HEAD.unpack_from(data)
+    if magic != _MAGIC:
+        raise damaged("it does not begin with PF")
+    if version != VERSION:
+        raise damaged(f"its format is version {version}, this program knows {VERSION}")
+    if not HEADER_BYTES <= header_bytes <= len(data):
+        raise damaged("its header does not fit")
+    rest = data[_HEAD.size + _CRC.size : header_bytes]
+    if crc32(rest, crc32(data[: _HEAD.size])) != _CRC.unpack_from(data, _HEAD.size)[0]:
+        raise damaged("the CRC of its header is wrong")
+    partition, sources, first, at_ms, count, raw_bytes, body_bytes, content_crc, body_crc = _REST.unpack_from(rest)
+    body = data[header_bytes:]
+    if len(body) != body_bytes or crc32(body) != body_crc:
+        raise damaged("the CRC or length of its body is wrong")
+    if kind not in FrameKind.__members__.values():
+        raise damaged(f"it is of the unknown kind {kind}")
+    try:
+        parsed = tuple(_sources(rest, sources))
+    except (struct.error, UnicodeDecodeError, IndexError) as error:
+        raise damaged("its sources do not fit") from error
+    if sum(source.count for source in parsed) != count:
+        raise damaged("its sources do not add up")
+    return Frame(FrameKind(kind), partition, first, count, at_ms, raw_bytes, content_crc, body, parsed)
+
+
+def _sources(rest: bytes, number: int) -> Iterator[Source]:
+    at = _REST.size
+
+    def text(length_bytes: int) -> bytes:
+        nonlocal at
+        length = int.from_bytes(rest[at : at + length_bytes], "little")
+        at += length_bytes + length
+        if at > len(rest):
+            raise IndexError
+        return rest[at - length : at]
+
+    for _ in range(number):
+        producer = text(1).decode()
+        epoch, sequence, count, _ = _SOURCE.unpack_from(rest, at)
+        at += _SOURCE.size - 1
+        yield Source(producer, epoch, sequence, count, text(1), text(2), text(1).decode() or DEVICE_FIELD)
+
+
+def content(frame: Frame) -> bytes:
+    """The NDJSON of a frame: lines that end in a line feed. Raises FrameDamaged."""
+    if frame.kind is not FrameKind.GZIP:
+        return frame.body
+    try:
+        unzipped: bytes = isal_zlib.decompress(frame.body, 31, frame.raw_bytes)
+    except isal_zlib.IsalError as error:
+        raise FrameDamaged(f"The frame at {frame.partition}/{frame.first} cannot be unzipped: {error}.") from error
+    if len(unzipped) != frame.raw_bytes:
+        raise FrameDamaged(
+            f"The frame at {frame.partition}/{frame.first} holds {len(unzipped)} bytes, its header says {frame.raw_bytes}."
+        )
+    return unzipped
+
+
+@lru_cache(maxsize=64)
+def device_decoder(field: str) -> msgspec.json.Decoder[Any]:
+    """A decoder of events to one attribute `device`, taken from `field`; it checks that the rest is JSON."""
+    struct_type = msgspec.defstruct("Device", [("device", str)], rename={"device": field}, gc=False)
+    return msgspec.json.Decoder(struct_type)
+
+
+def fields_of(line: bytes) -> Iterator[tuple[str, int]]:
+    """The outermost fields of a line that is known to be a JSON object, doubled ones too: names, and where the values begin."""
+    depth = 0
+    for token in _TOKEN.finditer(line):
+        text = token[0]
+        if text in b"{[":
+            depth += 1
+        elif text in b"}]":
+            depth -= 1
+        elif depth == 1 and (colon := _COLON.match(line, token.end())):
+            yield msgspec.json.decode(text, type=str), colon.end()
+
+
+def _device(line: bytes, field: str) -> str:
+    try:
+        device: str = device_decoder(field).decode(line).device
+    except RecursionError:
+        # How deep a decoder gets depends on the caller's stack, and the intake's was shorter.
+        begin = next(at for name, at in fields_of(line) if name == field)
+        value = _TOKEN.match(line, begin)
+        device = msgspec.json.decode(value[0] if value else b"", type=str)
+    return device
+
+
+def events(read: Slice) -> Iterator[Event]:
+    """The events of a slice, from its offset on. Raises FrameDamaged."""
+    start = int(read.offset)
+    for frame in read.frames:
+        if frame.next <= start:
+            continue
+        lines = content(frame).split(b"\n")
+        if len(lines) != frame.count + 1:
+            raise FrameDamaged(
+                f"The frame at {frame.partition}/{frame.first} has {len(lines) - 1} lines, its header says {frame.count}."
+            )
+        following = iter(lines)
+        number = frame.first
+        for source in frame.sources:
+            for _ in range(source.count):
+                line = next(following)
+                if number >= start:
+                    device = _device(line, source.device_field)
+                    yield Event(device, line, number, str(number), frame.enqueued_at_ms, source.properties)
+                number += 1

@@ -1,0 +1,300 @@
+"""From the lines of a batch to groups for partitions: the hot path of the intake.
+
+There are two ways, and they give the same result (a test compares them). The fast way does work for a whole batch at a time: one
+validating decode, one split, one pass to group, one join for each group, in which the server's stamp is the separator
+(`…}` LF becomes `…,"receivedAt":"…"}` LF). It is right only when every line begins with `{` and ends in `}` (for the decoder a
+line feed is white space; but inside an event `}` LF `{` is not JSON, so no event spans lines then), the device field stands
+exactly once in each line, and nothing hints at a reserved field or at an escaped key; whatever it cannot be
+sure of, it leaves to the slow way, which looks at one line after the other and knows why it rejects one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any
+from zlib import crc32 as device_crc32
+
+import msgspec
+
+from penstock.errors import BatchTooLarge, EmptyBatch
+from penstock.events import DEVICE_FIELD, Group
+from penstock.wire.frame import FRAME_BYTES_MAX, PLAIN_BYTES_MAX, crc32, fields_of, member, member_crc
+
+RESERVED = "receivedAt"
+PROPERTIES = "properties"
+DEVICES_CACHED_MAX = 1 << 17
+
+_DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", re.ASCII)
+_SUSPICIOUS = re.compile(rb"\\u00[2-7]")
+_LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*+", re.MULTILINE)
+_FIRST, _LAST = itemgetter(0), itemgetter(-1)
+_OPENS, _CLOSES = {ord("{")}, {ord("}")}
+_RAW = msgspec.json.Decoder(msgspec.Raw)
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class Rejected(msgspec.Struct, frozen=True, gc=False):
+    """An event that is not stored: its place in the batch from 0, one of the contract's event codes, and a sentence."""
+
+    index: int
+    code: str
+    detail: str
+
+
+class Routed(msgspec.Struct, frozen=True, gc=False):
+    """A batch split: accepted events in groups, in order in each partition, and the rejected ones."""
+
+    groups: tuple[Group, ...]
+    accepted: int
+    rejected: tuple[Rejected, ...] = ()
+
+
+class _NotSure(Exception):
+    """The fast way cannot judge this batch."""
+
+
+class Stamp:
+    """What the server adds to each event of a batch: the closing of its lines, with and without the device."""
+
+    def __init__(self, received_at: str, properties: bytes = b"", device: str = "", field: str = DEVICE_FIELD) -> None:
+        self.properties = properties
+        tail = f'"{RESERVED}":"{received_at}"'.encode()
+        if properties:
+            tail += f',"{PROPERTIES}":'.encode() + properties
+        self.bare = tail + b"}\n"
+        self.closing = b"," + self.bare
+        self.device = f'"{field}":"{device}",'.encode()
+
+
+def is_device(device: str) -> bool:
+    """Whether this may be a device id."""
+    return _DEVICE.fullmatch(device) is not None
+
+
+def is_field(name: str) -> bool:
+    """Whether this may be the name of a device field."""
+    return _FIELD.fullmatch(name) is not None and name not in (RESERVED, PROPERTIES)
+
+
+class _Partitions(dict[str, int]):
+    """device → partition, for devices seen lately; it forgets all when it is full."""
+
+    def __init__(self, partitions: int) -> None:
+        super().__init__()
+        self.partitions = partitions
+
+    def __missing__(self, device: str) -> int:
+        if _DEVICE.fullmatch(device) is None:
+            raise _NotSure
+        if len(self) >= DEVICES_CACHED_MAX:
+            self.clear()
+        partition = self[device] = device_crc32(device.encode()) % self.partitions
+        return partition
+
+
+class Router:
+    """Splits batches for a hub of `partitions` partitions. Not thread-safe in its cache's bound only; results never differ."""
+
+    def __init__(
+        self,
+        partitions: int,
+        *,
+        events_max: int = 10_000,
+        event_bytes_max: int = 262_144,
+        frame_bytes_max: int = FRAME_BYTES_MAX,
+    ) -> None:
+        self._partition_of = _Partitions(partitions)
+        self.events_max = events_max
+        self._event_bytes_max = event_bytes_max
+        self._frame_bytes_max = frame_bytes_max
+
+    def route(self, body: bytes, stamp: Stamp, *, field: str = DEVICE_FIELD, device: str | None = None) -> Routed:
+        """Split NDJSON. `device` is the one in the path, if there is one.
+
+        Raises EmptyBatch and BatchTooLarge (more than `events_max` events); what is wrong with one event is in the result.
+        """
+        try:
+            return self._fast(body, stamp, field, device)
+        except _NotSure:
+            return self._slow(body, stamp, field, device)
+
+    def _fast(self, body: bytes, stamp: Stamp, field: str, device: str | None) -> Routed:
+        if body.count(b"\n") > self.events_max:
+            raise _NotSure  # before memory is taken for each line
+        lines = body.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        count = len(lines)
+        # Where there is no backslash at all, no key is escaped. (Half a surrogate pair is no JSON for the decoder.)
+        if not 0 < count <= self.events_max or (b"\\" in body and _SUSPICIOUS.search(body)):
+            raise _NotSure
+        occurrences = body.count(b'"%b"' % field.encode())
+        if occurrences != count and (device is None or occurrences):
+            raise _NotSure
+        if len(body) > self._event_bytes_max and max(map(len, lines)) > self._event_bytes_max:
+            raise _NotSure
+        try:
+            if set(map(_LAST, lines)) != _CLOSES or set(map(_FIRST, lines)) != _OPENS:
+                raise _NotSure
+            body.isascii() or body.decode()
+            if not occurrences:
+                return self._fast_path_device(body, lines, stamp, device)
+            events = _decoder(field, bool(stamp.properties)).decode_lines(body)
+        except (IndexError, UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+            raise _NotSure from None
+        if len(events) != count or (device is not None and {event.device for event in events} != {device}):
+            raise _NotSure
+        partition_of = self._partition_of
+        if count == 1:
+            return Routed(self._groups(partition_of[events[0].device], (lines[0][:-1],), stamp.closing), 1)
+        groups: defaultdict[int, list[bytes]] = defaultdict(list)
+        for event, line in zip(events, lines, strict=True):
+            groups[partition_of[event.device]].append(line[:-1])
+        cut: list[Group] = []
+        for partition, group in groups.items():
+            cut.extend(self._groups(partition, group, stamp.closing))
+        return Routed(tuple(cut), count)
+
+    def _fast_path_device(self, body: bytes, lines: list[bytes], stamp: Stamp, device: str | None) -> Routed:
+        """No event names its device: all are stamped with that of the path."""
+        pieces = [line[:-1] for line in lines]
+        if device is None or any(piece.rstrip()[-1:] == b"{" for piece in pieces):
+            raise _NotSure
+        if len(_decoder("", bool(stamp.properties)).decode_lines(body)) != len(lines):
+            raise _NotSure
+        groups = self._groups(self._partition_of[device], pieces, b"," + stamp.device + stamp.bare)
+        return Routed(groups, len(lines))
+
+    def _groups(self, partition: int, pieces: Sequence[bytes], closing: bytes) -> tuple[Group, ...]:
+        """The pieces (lines without their closing) of a partition as groups that fit a frame."""
+        content = closing.join(pieces) + closing
+        if len(content) <= self._frame_bytes_max or len(pieces) == 1:
+            return (_group(partition, len(pieces), content),)
+        cut: list[Group] = []
+        begin = size = 0
+        for index, piece in enumerate(pieces):
+            line = len(piece) + len(closing)
+            if size and size + line > self._frame_bytes_max:
+                cut.append(_group(partition, index - begin, closing.join(pieces[begin:index]) + closing))
+                begin, size = index, 0
+            size += line
+        cut.append(_group(partition, len(pieces) - begin, closing.join(pieces[begin:]) + closing))
+        return tuple(cut)
+
+    def _slow(self, body: bytes, stamp: Stamp, field: str, device: str | None) -> Routed:
+        rejected: list[Rejected] = []
+        groups: defaultdict[int, list[bytes]] = defaultdict(list)
+        judge = _Judge(field, device, self._event_bytes_max, bool(stamp.properties))
+        index = -1
+        for index, line in enumerate(_lines(body)):
+            if index >= self.events_max:
+                raise BatchTooLarge(
+                    f"The batch holds more than {self.events_max} events; nothing was stored. Split it and send the parts.",
+                    limit_events=self.events_max,
+                )
+            try:
+                found = judge(line)
+                piece = line[:-1]
+                if found is None:
+                    piece = (piece if piece.rstrip()[-1:] == b"{" else piece + b",") + stamp.device[:-1]
+                groups[self._partition_of[found or device or ""]].append(piece)
+            except _Reject as reject:
+                rejected.append(Rejected(index, reject.code, reject.detail))
+        if index < 0:
+            raise EmptyBatch("The body holds no event. Nothing was stored.")
+        cut: list[Group] = []
+        for partition, group in groups.items():
+            cut.extend(self._groups(partition, group, stamp.closing))
+        return Routed(tuple(cut), index + 1 - len(rejected), tuple(rejected))
+
+
+@lru_cache(maxsize=64)
+def _decoder(field: str, has_properties: bool) -> msgspec.json.Decoder[Any]:
+    """A decoder to one attribute `device`, or none without `field`, that checks the rest and fails where a reserved field stands."""
+    reserved = [(RESERVED, msgspec.UnsetType, msgspec.UNSET), (PROPERTIES, msgspec.UnsetType, msgspec.UNSET)]
+    fields: list[Any] = [("device", str)] if field else []
+    fields += reserved if has_properties else reserved[:1]
+    return msgspec.json.Decoder(msgspec.defstruct("Line", fields, rename={"device": field}, gc=False))
+
+
+def _group(partition: int, count: int, content: bytes) -> Group:
+    if len(content) < PLAIN_BYTES_MAX:
+        crc = crc32(content)
+        return Group(partition, count, len(content), crc, crc, False, content)
+    body = member(content)
+    return Group(partition, count, len(content), member_crc(body), crc32(body), True, body)
+
+
+def _lines(body: bytes) -> Iterator[bytes]:
+    """The lines that are not blank, without the white space behind them. One at a time: a body of short lines is a bomb."""
+    for line in _LINE.finditer(body):
+        yield line[0].rstrip(b" \t\r")
+
+
+class _Reject(Exception):
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(code)
+        self.code = code
+        self.detail = detail
+
+
+class _Judge:
+    """Looks at one line and returns its device, None when it names none and need not, or raises _Reject."""
+
+    def __init__(self, field: str, device: str | None, event_bytes_max: int, has_properties: bool) -> None:
+        self._field = field
+        self._quoted = b'"%b"' % field.encode()
+        self._device = device
+        self._event_bytes_max = event_bytes_max
+        self._reserved = (RESERVED, PROPERTIES) if has_properties else (RESERVED,)
+
+    def __call__(self, line: bytes) -> str | None:
+        if len(line) > self._event_bytes_max:
+            raise _Reject("event_too_large", f"The event has {len(line)} bytes, the limit is {self._event_bytes_max}.")
+        try:
+            line.isascii() or line.decode()
+        except UnicodeDecodeError as error:
+            raise _Reject("not_utf8", f"The event is not UTF-8 at byte {error.start}.") from None
+        try:
+            _RAW.decode(line)
+        except msgspec.DecodeError as error:
+            raise _Reject("not_json", f"The event is not JSON: {error}.") from None
+        except RecursionError:
+            raise _Reject("not_json", "The event is nested too deeply.") from None
+        if line.lstrip(b" \t\r")[:1] != b"{":
+            raise _Reject("not_an_object", "The event is not a JSON object.")
+        fields = _FIELDS.decode(line)
+        for name in self._reserved:
+            if name in fields:
+                raise _Reject("reserved_field", f"The field {name!r} is the server's; rename it.")
+        return self._find_device(line, fields)
+
+    def _find_device(self, line: bytes, fields: dict[str, msgspec.Raw]) -> str | None:
+        raw = fields.get(self._field)
+        if raw is None:
+            if self._device is None:
+                raise _Reject("no_device", f"The event has no field {self._field!r}.")
+            if not is_device(self._device):
+                raise _Reject("bad_device", "The device in the path is not a device id.")
+            return None
+        if line.count(self._quoted) != 1 or b"\\u" in line:
+            times = sum(name == self._field for name, _ in fields_of(line))
+            if times != 1:
+                raise _Reject("bad_device", f"The field {self._field!r} stands {times} times in the event.")
+        try:
+            device = msgspec.json.decode(raw, type=str)
+        except msgspec.DecodeError:
+            raise _Reject("bad_device", f"The field {self._field!r} is not a string.") from None
+        if not is_device(device):
+            raise _Reject("bad_device", f"The field {self._field!r} is not a device id.")
+        if self._device is not None and device != self._device:
+            raise _Reject("bad_device", f"The field {self._field!r} names another device than the path.")
+        return device
+
+
+Split = Callable[[bytes, Stamp], Routed]
