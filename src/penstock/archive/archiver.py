@@ -1,0 +1,285 @@
+"""The archiver: the processor that turns a partition's log into hour files, each event in exactly one (guarantees.md, L1 to L8).
+
+For each file, in this order, and after a crash at any step again from the last checkpoint:
+
+1. read the ledger's record at the file's first event. If it exists, the file's end is decided: *adopt*, that is collect
+   exactly `[first, next)`. Otherwise collect until the log says that the file ends (cut.py);
+2. create the record. If another was faster and decided otherwise, stop and begin again at the checkpoint, where step 1 adopts
+   what stands. What was collected is thrown away, never trimmed: the file is built from the record and the log only;
+3. put the file, and see that it is there. Its name and bytes follow from the record and the log, so putting it twice, late,
+   or from two hosts at once changes nothing;
+4. return the checkpoint. The pump writes it to the lease, and only if the lease is still its own.
+
+The next record comes after step 3 (L4). A crash after step 2 or 3 leaves a record at or behind the checkpoint, which the next
+archiver adopts. There is no step that asks whether this host holds the lease: the ledger decides without.
+
+Hour and part of a file follow from its first frame and the record before it (`place`). That record is the one whose `next`
+is the file's `first`: known from the file before, and on start found by `Ledger.before`, in the ledger alone. So every host
+gives the file the same name. If no such record exists, the file must be the first of the log; otherwise the checkpoint
+does not stand where the ledger ends a file, and somebody has removed or replaced data: the partition stops (faults.md, 38).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from penstock.archive.cut import (
+    ClosedBy,
+    OpenFile,
+    ends,
+    extend,
+    file_name,
+    finish,
+    hour_name,
+    hour_start_ms,
+    opened,
+    place,
+)
+from penstock.archive.ledger import Ledger, Record
+from penstock.blobs import BlobStore
+from penstock.clock import Clock, timestamp
+from penstock.errors import ArchiveError, BlobNotFound, StoreUnavailable
+from penstock.events import Frame, Slice
+from penstock.files import Files
+from penstock.hub import Hub
+from penstock.processor import CloseReason, ProcessorFactory
+from penstock.processor.pump import Log
+
+
+def archivers(
+    hub: Hub,
+    store: BlobStore,
+    *,
+    host: str,
+    epoch: Callable[[int], int],
+    clock: Clock,
+    files: Files,
+    folder: Path,
+    file_bytes_max: int,
+    log: Log,
+) -> ProcessorFactory:
+    """A factory of archivers for a processor host. `epoch` tells the lease's epoch of a partition, for the record."""
+
+    def make(partition: int) -> Archiver:
+        return Archiver(
+            hub,
+            store,
+            partition,
+            host=host,
+            epoch=lambda: epoch(partition),
+            clock=clock,
+            files=files,
+            folder=folder,
+            file_bytes_max=file_bytes_max,
+            log=log,
+        )
+
+    return make
+
+
+class Archiver:
+    """A `Processor`. Raises ArchiveError and FrameDamaged when the partition must stop, StoreUnavailable to begin again."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        store: BlobStore,
+        partition: int,
+        *,
+        host: str,
+        epoch: Callable[[], int],
+        clock: Clock,
+        files: Files,
+        folder: Path,
+        file_bytes_max: int,
+        log: Log,
+    ) -> None:
+        self._hub = hub
+        self._store = store
+        self._partition = partition
+        self._host = host
+        self._epoch = epoch
+        self._clock = clock
+        self._files = files
+        self._folder = folder
+        self._file_bytes_max = file_bytes_max
+        self._log = log
+        self._ledger = Ledger(store, hub.id, partition)
+        self._next: int | None = None
+        self._last: Record | None = None
+        self._decided: Record | None = None
+        self._file: OpenFile | None = None
+        self._work: BinaryIO | None = None
+
+    def process(self, events: Slice) -> str | None:
+        checkpoint = None
+        for frame in events.frames:
+            if self._next is None:
+                self._begin(frame.first)
+            elif frame.first != self._next:
+                raise ArchiveError(
+                    f"the log of partition {self._partition} goes on at {frame.first} instead of {self._next}",
+                    partition=self._partition,
+                )
+            closed_by = self._ends(frame)
+            if closed_by is not None:
+                checkpoint = self._close(closed_by)
+            if not frame.is_marker:
+                self._take(frame)
+                if self._decided is not None and self._decided.next == self._next:
+                    checkpoint = self._close(self._decided.closed_by)
+        return checkpoint
+
+    def close(self, reason: CloseReason) -> None:
+        self._drop()
+
+    def _begin(self, first: int) -> None:
+        """The first frame that is read says where the checkpoint stands: files end where frames end."""
+        self._last = self._ledger.before(first)
+        if self._last is None and first != self._hub.bounds(self._partition).first:
+            raise ArchiveError(
+                f"the checkpoint of partition {self._partition} is {first}, but no file in the ledger ends there",
+                partition=self._partition,
+            )
+        if self._last is not None:
+            self._confirm_last(self._last)
+        self._next = first
+
+    def _confirm_last(self, last: Record) -> None:
+        try:
+            self._store.size(last.file)
+        except BlobNotFound as error:
+            raise ArchiveError(
+                f"{last.file} is behind the checkpoint of partition {self._partition} and not in the store",
+                partition=self._partition,
+                file=last.file,
+            ) from error
+
+    def _ends(self, frame: Frame) -> ClosedBy | None:
+        if self._file is None or self._decided is not None:
+            return None
+        return ends(self._file, frame, period_s=self._hub.period_s, file_bytes_max=self._file_bytes_max)
+
+    def _take(self, frame: Frame) -> None:
+        file = self._file or self._open(frame)
+        if self._decided is not None and frame.next > self._decided.next:
+            raise ArchiveError(
+                f"{self._decided.file} ends at {self._decided.next}, inside of the frame {frame.first} to {frame.next}",
+                partition=self._partition,
+                file=self._decided.file,
+            )
+        self._file, members = extend(file, frame)
+        self._write(members)
+        self._next = frame.next
+
+    def _open(self, frame: Frame) -> OpenFile:
+        """Step 1. Before the first byte is collected it is known whether this file is decided."""
+        previous = None if self._last is None else (hour_start_ms(self._last.hour), self._last.part)
+        hour_ms, part = place(frame.enqueued_at_ms, self._hub.period_s, previous)
+        self._decided = self._ledger.read(frame.first)
+        if self._decided is not None and self._decided.next > self._hub.bounds(self._partition).next:
+            raise ArchiveError(
+                f"{self._decided.file} ends at {self._decided.next}, beyond the end of the log",
+                partition=self._partition,
+                file=self._decided.file,
+            )
+        with _translated(self._folder):
+            self._work = self._files.work_file(self._folder)
+        return opened(frame.first, hour_ms, part)
+
+    def _write(self, members: list[bytes]) -> None:
+        assert self._work is not None, "a file is opened before it is written"
+        with _translated(self._folder):
+            for member in members:
+                self._work.write(member)
+
+    def _close(self, closed_by: ClosedBy) -> str:
+        """Steps 2 to 4 for the open file; its checkpoint."""
+        assert self._file is not None and self._work is not None, "only an open file is closed"
+        mine = self._record(self._file, closed_by)
+        record = self._decided or self._ledger.create(mine)
+        if self._decided is None and record.next != mine.next:
+            # Another host read a log with other limits, and was faster. Its record stands.
+            raise StoreUnavailable(
+                f"{record.file} was decided by {record.host} to end at {record.next}, not at {mine.next}: begin again",
+                partition=self._partition,
+            )
+        if _content(record) != _content(mine):
+            raise ArchiveError(
+                f"the ledger's record of {record.file} is not what the log holds from {mine.first} to {mine.next}",
+                partition=self._partition,
+                file=record.file,
+            )
+        self._write(finish(self._file))
+        self._put(record, self._work)
+        self._log.info(
+            "hour file is in the store",
+            partition=self._partition,
+            file=record.file,
+            first=record.first,
+            next=record.next,
+            closed_by=record.closed_by,
+            adopted=record is not mine,
+        )
+        self._drop()
+        self._last = record
+        return record.offset_next
+
+    def _record(self, file: OpenFile, closed_by: ClosedBy) -> Record:
+        hour = hour_name(file.hour_ms, self._hub.period_s)
+        return Record(
+            hub=self._hub.id,
+            partition=self._partition,
+            file=file_name(self._partition, hour, file.part),
+            hour=hour,
+            part=file.part,
+            first=file.first,
+            next=file.next,
+            offset_next=str(file.next),  # a file ends where a frame begins, and there the hub's offset is the number
+            events=file.events,
+            raw_bytes=file.raw_bytes,
+            crc32=file.crc32,
+            closed_by=closed_by,
+            host=self._host,
+            epoch=self._epoch(),
+            id=uuid.uuid4().hex,
+            at=timestamp(self._clock.now_ms()),
+        )
+
+    def _put(self, record: Record, work: BinaryIO) -> None:
+        """Step 3. The record is created; until the file is seen in the store nothing may follow it (L4)."""
+        with _translated(self._folder):
+            size = work.seek(0, io.SEEK_END)
+            work.seek(0)
+        self._store.put(record.file, work)
+        try:
+            stored = self._store.size(record.file)
+        except BlobNotFound:
+            stored = 0
+        if stored != size:
+            raise StoreUnavailable(f"{record.file} has {stored} bytes in the store instead of {size}", file=record.file)
+
+    def _drop(self) -> None:
+        if self._work is not None:
+            with contextlib.suppress(OSError):  # bytes that a full disk did not take; the file is rebuilt from the log
+                self._work.close()
+        self._work = self._file = self._decided = None
+
+
+def _content(record: Record) -> tuple[object, ...]:
+    """What two hosts must agree on when they agree where the file ends."""
+    return record.file, record.first, record.next, record.offset_next, record.events, record.raw_bytes, record.crc32
+
+
+@contextlib.contextmanager
+def _translated(folder: Path) -> Iterator[None]:
+    """The work file is as replaceable as the store's answer is: begin again when there is room."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailable(f"no work file can be written in {folder}: {error}") from error

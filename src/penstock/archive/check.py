@@ -1,0 +1,359 @@
+"""The proof that nothing is missing: `verify` looks at the archive alone, `audit` compares it with the log and the intake.
+
+Both read only, may run while the system does, and name every difference instead of stopping at the first. What makes that
+sound is the order of reading, always from what follows to what it follows from: a file or manifest that is listed had its
+records before, and events that are in the ledger were in the log before and counted as accepted before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final, Protocol
+
+import msgspec
+
+from penstock.archive.cut import hour_name, hour_start_ms, period_start_ms
+from penstock.archive.hours import checkpoint, manifest
+from penstock.archive.ledger import HUB_BLOB, Ledger, Owner, Record, owner
+from penstock.blobs import BlobStore
+from penstock.errors import ArchiveError, BlobNotFound, FrameDamaged, OffsetTrimmed, SettingsError
+from penstock.events import Frame
+from penstock.hub import Hub
+from penstock.wire.frame import content, crc32
+from penstock.wire.members import measure
+
+READ_BYTES_MAX: Final = 4 << 20
+_DATA: Final = re.compile(r"\d+/")
+_MANIFEST: Final = re.compile(r"_hours/(.+)\.json")
+
+
+class Row(msgspec.Struct):
+    """Events of one hour and partition. `accepted` and `logged` are null where nothing is left to compare with."""
+
+    hour: str
+    partition: int
+    accepted: int | None = None
+    logged: int | None = None
+    archived: int = 0
+    pending: int = 0
+    files: int = 0
+    raw_bytes: int = 0
+
+
+class Totals(msgspec.Struct):
+    """Sums over all rows."""
+
+    accepted: int = 0
+    logged: int = 0
+    archived: int = 0
+    pending: int = 0
+    files: int = 0
+    raw_bytes: int = 0
+
+
+class Report(msgspec.Struct):
+    """What a check found: `ok` if and only if there is no problem. `pending`: in no file yet, which is no problem."""
+
+    ok: bool
+    problems: list[str]
+    rows: list[Row]
+    totals: Totals
+
+
+class AuditedHub(Hub, Protocol):
+    """A hub that counts what it accepted apart from what it stores."""
+
+    def accepted(self) -> Iterable[tuple[int, int, int]]:
+        """(start of the period in ms, partition, events accepted in it) for all time, as of one moment."""
+        ...
+
+
+class Rows:
+    """Rows by hour and partition, made when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, int], Row] = {}
+
+    def at(self, hour: str, partition: int) -> Row:
+        return self._rows.setdefault((hour, partition), Row(hour, partition))
+
+    def add(self, record: Record, *, file_present: bool = True) -> None:
+        row = self.at(record.hour, record.partition)
+        if file_present:
+            row.archived += record.events
+            row.files += 1
+            row.raw_bytes += record.raw_bytes
+        else:
+            row.pending += record.events
+
+    def report(self, problems: list[str]) -> Report:
+        rows = [row for _, row in sorted(self._rows.items())]
+        totals = Totals(**{name: sum(getattr(row, name) or 0 for row in rows) for name in Totals.__struct_fields__})
+        return Report(not problems, list(dict.fromkeys(problems)), rows, totals)
+
+
+def verify(store: BlobStore) -> Report:
+    """Ledger, files and manifests of a store: adjacent, complete, and the content what the records say."""
+    problems: list[str] = []
+    rows = Rows()
+    known = _owner(store, problems)
+    if known is None:
+        return rows.report(problems)
+    names = list(store.list(""))
+    files: set[str] = set()
+    hours: dict[str, list[Record]] = {}
+    for partition in range(known.partitions):
+        done = checkpoint(store, partition)
+        records = _ledger(store, known, partition, problems)
+        for record in records:
+            files.add(record.file)
+            hours.setdefault(record.hour, []).append(record)
+            waits = record is records[-1] and done is not None and done <= record.first
+            rows.add(record, file_present=_file(store, record, waits, problems))
+        if done is not None and records and done > records[-1].next:
+            problems.append(f"partition {partition}: checkpoint {done} is beyond the ledger's end {records[-1].next}")
+    problems += [f"{name}: no record in the ledger" for name in names if _DATA.match(name) and name not in files]
+    _manifests(store, known, names, hours, problems)
+    return rows.report(problems)
+
+
+def _owner(store: BlobStore, problems: list[str]) -> Owner | None:
+    try:
+        known = owner(store)
+    except SettingsError as error:
+        problems.append(str(error))
+        return None
+    if known is None:
+        problems.append(f"{HUB_BLOB} is missing: this is no archive, or no archiver has started yet")
+    return known
+
+
+def _ledger(store: BlobStore, known: Owner, partition: int, problems: list[str]) -> list[Record]:
+    """All records of a partition in order. Where the chain is broken, it goes on at the next that is listed."""
+    ledger = Ledger(store, known.hub, partition)
+    listed = ledger.listed()
+    records: list[Record] = []
+    for first in (0, *listed):
+        if records and first < records[-1].next:
+            if all(record.first != first for record in records):
+                problems.append(f"partition {partition}: the record at {first} lies inside of the file before it")
+            continue
+        try:
+            for record in ledger.chain(first):
+                if record.first == first and records:
+                    problems.append(f"partition {partition}: no record for {records[-1].next} to {first}")
+                problems += _contradictions(records[-1] if records else None, record, known)
+                records.append(record)
+        except ArchiveError as error:
+            problems.append(str(error))
+    return records
+
+
+def _contradictions(before: Record | None, record: Record, known: Owner) -> Iterator[str]:
+    start_ms = hour_start_ms(record.hour)
+    if hour_name(start_ms, known.period) != record.hour or period_start_ms(start_ms, known.period) != start_ms:
+        yield f"{record.file}: {record.hour} is not the start of a period of {known.period} s"
+    if record.events != record.next - record.first:
+        yield f"{record.file}: {record.events} events from {record.first} to {record.next}"
+    if before is None or before.next != record.first:
+        return
+    if record.hour < before.hour:
+        yield f"{record.file}: its hour is before that of {before.file}"
+    if record.part != (before.part + 1 if record.hour == before.hour else 0):
+        yield f"{record.file}: part {record.part} does not follow {before.file}"
+
+
+def _file(store: BlobStore, record: Record, waits: bool, problems: list[str]) -> bool:
+    """Whether the file is there. `waits`: it is decided and not confirmed, so it may be missing."""
+    try:
+        found = measure(store.stream(record.file))
+    except BlobNotFound:
+        if not waits:
+            problems.append(f"{record.file}: missing")
+        return not waits
+    except ValueError as error:
+        problems.append(f"{record.file}: damaged: {error}")
+        return True
+    for what, holds, stated in (
+        ("events", found.lines, record.events),
+        ("raw bytes", found.raw_bytes, record.raw_bytes),
+        ("crc32", found.crc32, record.crc32),
+    ):
+        if holds != stated:
+            problems.append(f"{record.file}: {what} {holds}, the ledger says {stated}")
+    return True
+
+
+def _manifests(
+    store: BlobStore, known: Owner, names: list[str], hours: dict[str, list[Record]], problems: list[str]
+) -> None:
+    for name in names:
+        match = _MANIFEST.fullmatch(name)
+        if match and store.get(name).body != manifest(known.hub, match[1], hours.get(match[1], [])):
+            problems.append(f"{name}: not what the ledger says")
+
+
+def audit(hub: AuditedHub, store: BlobStore, *, deep: bool = False, archived: bool = True) -> Report:
+    """accepted = logged = archived + pending, for each hour and partition. `deep` checks the content too, and verifies.
+
+    `archived` is False for a hub without an archiver: what retention deleted is then in no ledger, and not missed.
+
+    Read in this order: ledger, accepted, log. `accepted` is the state of one moment, and its sum is how far the log was at that
+    moment; the log is read up to there, so events that come in meanwhile do not matter.
+    """
+    problems: list[str] = []
+    rows = Rows()
+    known = owner(store)
+    if known is not None and known.hub != hub.id:
+        problems.append(f"the store belongs to hub {known.hub}, the log to {hub.id}")
+        return rows.report(problems)
+    partitions = range(hub.partitions())
+    records = [_ledger(store, known, partition, problems) if known else [] for partition in partitions]
+    bounds = [hub.bounds(partition) for partition in partitions]
+    accepted: list[dict[str, int]] = [{} for _ in partitions]
+    for start_ms, partition, events in hub.accepted():
+        hour = hour_name(start_ms, hub.period_s)
+        accepted[partition][hour] = accepted[partition].get(hour, 0) + events
+    for partition in partitions:
+        part = _Partition(hub, partition, records[partition], accepted[partition], deep, archived, problems)
+        part.check(bounds[partition].next, rows)
+    if deep and known is not None:
+        problems += verify(store).problems
+    return rows.report(problems)
+
+
+class _Partition:
+    """The audit of one partition."""
+
+    def __init__(
+        self,
+        hub: AuditedHub,
+        partition: int,
+        records: list[Record],
+        accepted: dict[str, int],
+        deep: bool,
+        archived: bool,
+        problems: list[str],
+    ) -> None:
+        self._hub = hub
+        self._partition = partition
+        self._records = records
+        self._tail = records[-1].next if records else 0
+        self._accepted = accepted
+        self._deep = deep
+        self._archived = archived
+        self._problems = problems
+
+    def check(self, next_before: int, rows: Rows) -> None:
+        """`next_before`: the end of the log before `accepted` was read."""
+        end = self._end(next_before)
+        found: tuple[dict[str, int], dict[str, int]] | None = None
+        while found is None:
+            # Retention may delete while this reads; then what it deleted is in the ledger, and reading starts again.
+            with contextlib.suppress(OffsetTrimmed):
+                found = self._read(end)
+        logged, pending = found
+        for record in self._records:
+            rows.add(record)
+        for hour in {*self._accepted, *logged, *pending}:
+            row = rows.at(hour, self._partition)
+            row.pending += pending.get(hour, 0)
+            if hour >= min(self._accepted, default=""):
+                row.accepted = self._accepted.get(hour, 0)
+                row.logged = logged.get(hour, 0)
+                self._compare(row)
+
+    def _end(self, next_before: int) -> int:
+        """How far the log was when `accepted` was read: the events before its first hour, and those that it counts."""
+        if not self._archived:
+            return next_before
+        oldest = min(self._accepted, default="~")
+        end = max((r.next for r in self._records if r.hour < oldest), default=0) + sum(self._accepted.values())
+        next_after = self._hub.bounds(self._partition).next
+        if not next_before <= end <= next_after:
+            self._say(f"{end} events are accepted, but the log ends at {next_after}")
+        if self._tail > next_after:
+            self._say(f"the ledger ends at {self._tail}, beyond the end of the log, {next_after}")
+        return min(max(end, next_before), next_after)
+
+    def _read(self, end: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Events in the log and those not archived, by hour. Of what retention has deleted, the ledger tells."""
+        logged: dict[str, int] = {}
+        pending: dict[str, int] = {}
+        first = self._hub.bounds(self._partition).first
+        for record in self._records:
+            if record.first < first:
+                logged[record.hour] = logged.get(record.hour, 0) + min(record.next, first) - record.first
+        if first > self._tail and self._archived:
+            self._say(f"the log begins at {first}, the ledger ends at {self._tail}: events between are in neither")
+        ranges = _Ranges(self._records, first)
+        for frame in self._frames(first, end):
+            hour = hour_name(period_start_ms(frame.enqueued_at_ms, self._hub.period_s), self._hub.period_s)
+            logged[hour] = logged.get(hour, 0) + frame.count
+            if frame.first >= self._tail:
+                pending[hour] = pending.get(hour, 0) + frame.count
+            if self._deep:
+                self._problems += ranges.pass_over(frame)
+        return logged, pending
+
+    def _frames(self, first: int, end: int) -> Iterator[Frame]:
+        """The frames of `[first, end)`; says where one is missing or damaged."""
+        offset = str(first)
+        while first < end:
+            try:
+                read = self._hub.read(self._partition, offset, bytes_max=READ_BYTES_MAX)
+            except FrameDamaged as error:
+                self._say(str(error))
+                return
+            for frame in read.frames:
+                if frame.is_marker or frame.first >= end:
+                    continue
+                if frame.first != first:
+                    self._say(f"the log goes on at {frame.first} instead of {first}")
+                yield frame
+                first = frame.next
+            if read.next_offset == offset:
+                self._say(f"the log ends at {first} instead of {end}")
+                return
+            offset = read.next_offset
+
+    def _compare(self, row: Row) -> None:
+        if not self._archived:  # without a ledger nobody knows where in an hour retention or this moment cuts the log
+            return
+        if row.accepted != row.logged:
+            self._say(f"{row.hour}: accepted {row.accepted}, in the log {row.logged}")
+        if row.logged != row.archived + row.pending:
+            self._say(f"{row.hour}: in the log {row.logged}, archived {row.archived} and pending {row.pending}")
+
+    def _say(self, problem: str) -> None:
+        self._problems.append(f"partition {self._partition}: {problem}")
+
+
+class _Ranges:
+    """Compares the log's content with the ledger's records while frames pass."""
+
+    def __init__(self, records: list[Record], first: int) -> None:
+        self._records = iter([record for record in records if record.first >= first])
+        self._record = next(self._records, None)
+        self._crc = self._raw_bytes = 0
+
+    def pass_over(self, frame: Frame) -> Iterator[str]:
+        try:
+            ndjson = content(frame)
+        except FrameDamaged as error:
+            yield str(error)
+            return
+        if crc32(ndjson) != frame.content_crc:
+            yield f"the frame at {frame.partition}/{frame.first} does not hold what its header says"
+        if self._record is None or frame.first < self._record.first:
+            return
+        self._crc = crc32(ndjson, self._crc)
+        self._raw_bytes += len(ndjson)
+        if frame.next < self._record.next:
+            return
+        if (frame.next, self._raw_bytes, self._crc) != (self._record.next, self._record.raw_bytes, self._record.crc32):
+            yield f"{self._record.file}: its record is not what the log holds from {self._record.first} on"
+        self._record = next(self._records, None)
+        self._crc = self._raw_bytes = 0

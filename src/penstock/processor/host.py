@@ -1,0 +1,314 @@
+"""A host: takes leases of a group's partitions, runs a pump for each, and evens out with the other hosts.
+
+Hosts share nothing but the lease blobs. Each looks at all of them three times in a lease time, in a thread of its own, so
+that leases are renewed whatever the processors do. No clock is compared with another host's: a lease has expired when this
+host has seen the same etag for the lease time on its own monotonic clock.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from penstock.blobs import BlobStore
+from penstock.clock import Clock
+from penstock.errors import BlobNotFound, LostRace, PenstockError, StoreError, StoreUnavailable
+from penstock.hub import Hub
+from penstock.processor import CloseReason, ProcessorFactory
+from penstock.processor.balance import View, plan
+from penstock.processor.lease import Holding, Lease, Writer, claim, decode_lease, lease_name, take_over
+from penstock.processor.pump import Log, Pump
+
+STOP_S_MAX = 5.0
+
+
+class PumpState(msgspec.Struct, frozen=True):
+    """A partition that this host reads. `offset` is read next; everything below `checkpoint` is done for good."""
+
+    partition: int
+    epoch: int
+    offset: str
+    checkpoint: int
+    stalled_s: float
+    parked: str | None
+
+
+class _Seen(msgspec.Struct, frozen=True):
+    lease: Lease
+    etag: str
+    since: float
+
+
+class EventProcessorHost:
+    """Runs a processor for each partition of `group` that it gets.
+
+    `start` gives offset and sequence number of a partition that has no lease yet (default: the first event kept).
+    A pump without progress for `stuck_s` (default: ten lease times) gives its lease back.
+    """
+
+    def __init__(
+        self,
+        *,
+        hub: Hub,
+        store: BlobStore,
+        group: str,
+        name: str,
+        clock: Clock,
+        log: Log,
+        lease_s: float = 30.0,
+        stuck_s: float | None = None,
+        start: Callable[[int], tuple[str, int]] | None = None,
+        instance: str | None = None,
+    ) -> None:
+        self.name = name
+        self._hub = hub
+        self._store = store
+        self._group = group
+        self._clock = clock
+        self._log = log
+        self._lease_s = lease_s
+        self._stuck_s = 10 * lease_s if stuck_s is None else stuck_s
+        self._start = start or self._first_kept
+        self._writer = Writer(name, instance or secrets.token_hex(8))
+        self._pumps: dict[int, Pump] = {}
+        self._leaving: dict[int, Pump] = {}
+        self._cool_until: dict[int, float] = {}
+        self._seen: dict[int, _Seen] = {}
+        self._troubles: dict[int, str] = {}
+        self._stop = threading.Event()
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def run(self, factory: ProcessorFactory) -> None:
+        """`start`, then block until the host is stopped. Raises what ended it, if that was not `stop`."""
+        self.start(factory)
+        try:
+            self._done.wait()
+        finally:
+            self.stop()
+        if self._error is not None:
+            raise self._error
+
+    def start(self, factory: ProcessorFactory) -> None:
+        """Begin in the background. `factory(partition)` is called in the partition's own thread."""
+        self._thread = threading.Thread(target=self._run, args=(factory,), name="host", daemon=True)
+        self._thread.start()
+
+    def ask_stop(self) -> None:
+        """Stop soon; does not wait, so a signal handler may call it."""
+        self._stop.set()
+
+    def stop(self) -> None:
+        """Close the processors, write their checkpoints, give the leases back. Waits for it."""
+        self._stop.set()
+        if self._thread is None:
+            self._shut()
+        else:
+            self._done.wait()
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended the host, if it did not end on request."""
+        return self._error
+
+    def state(self) -> list[PumpState]:
+        """The partitions that this host reads now."""
+        return [
+            PumpState(
+                partition=pump.partition,
+                epoch=pump.holding.lease.epoch,
+                offset=pump.offset,
+                checkpoint=pump.holding.lease.sequence_number,
+                stalled_s=pump.stalled_s(),
+                parked=pump.parked,
+            )
+            for _, pump in sorted(self._pumps.copy().items())
+        ]
+
+    def epoch(self, partition: int) -> int:
+        """The epoch under which this host reads the partition; 0 if it does not."""
+        pump = self._pumps.get(partition)
+        return pump.holding.lease.epoch if pump else 0
+
+    def round(self, factory: ProcessorFactory) -> None:
+        """Renew what is ours, look at the rest, take what `plan` says. The thread does it three times in a lease time."""
+        self._leaving = {p: pump for p, pump in self._leaving.items() if not pump.ended.is_set()}
+        for pump in list(self._pumps.values()):
+            self._tend(pump)
+        chosen = plan([self._view(partition) for partition in range(self._hub.partitions())], self.name)
+        for partition in (*chosen.claim, *(() if chosen.steal is None else (chosen.steal,))):
+            if self._stop.is_set():
+                return
+            self._take(partition, factory)
+
+    def _run(self, factory: ProcessorFactory) -> None:
+        try:
+            while not self._stop.is_set():
+                self.round(factory)
+                self._clock.wait(self._stop, self._lease_s / 3)
+        except Exception as error:  # the top of the thread
+            self._fail(error)
+        finally:
+            self._shut()
+            self._done.set()
+
+    def _tend(self, pump: Pump) -> None:
+        """Renew, unless the lease is lost already or has to be given back."""
+        if pump.holding.held and pump.ended.is_set():
+            self._give_back(pump, CloseReason.FAILED, "processor ended")
+            return
+        if pump.holding.held and pump.stalled_s() > self._stuck_s:
+            self._give_back(pump, CloseReason.STUCK, "processor stuck")
+            return
+        try:
+            pump.holding.renew()
+        except LostRace:
+            self._lost(pump)
+        except StoreUnavailable as error:
+            self._trouble(pump.partition, "lease not renewed", error)
+        else:
+            self._well(pump.partition)
+
+    def _lost(self, pump: Pump) -> None:
+        doubt = pump.holding.in_doubt(self._lease_s)
+        self._let_go(pump, CloseReason.LEASE_LOST if doubt else CloseReason.REBALANCED)
+        self._log.warning("lease lost", partition=pump.partition, epoch=pump.holding.lease.epoch)
+        try:
+            taker = decode_lease(self._store.get(lease_name(self._group, pump.partition)).body, pump.partition)
+        except StoreError:
+            return
+        # A token of this very instance: our own write whose answer was lost.
+        if taker.owner == self.name and taker.instance != self._writer.instance:
+            self._fail(
+                LostRace(
+                    f"another host named {self.name!r} runs in group {self._group!r}: give each host a name of its own",
+                    host=self.name,
+                    group=self._group,
+                )
+            )
+
+    def _give_back(self, pump: Pump, reason: CloseReason, why: str) -> None:
+        # Others need a chance to take it before we do: they look every third of a lease time.
+        self._cool_until[pump.partition] = self._clock.monotonic() + 2 * self._lease_s
+        self._let_go(pump, reason)
+        self._log.error(why, partition=pump.partition, offset=pump.offset, stalled_s=round(pump.stalled_s(), 1))
+        self._release(pump)
+
+    def _let_go(self, pump: Pump, reason: CloseReason) -> None:
+        """The thread ends when `process` returns; until then this host does not read the partition again."""
+        pump.stop(reason)
+        self._leaving[pump.partition] = pump
+        del self._pumps[pump.partition]
+
+    def _release(self, pump: Pump) -> None:
+        try:
+            pump.holding.release()
+        except LostRace:
+            return
+        except StoreUnavailable as error:
+            self._log.warning("lease not given back", partition=pump.partition, error=str(error))
+            return
+        self._log.info("lease given back", partition=pump.partition, checkpoint=pump.holding.lease.sequence_number)
+
+    def _view(self, partition: int) -> View:
+        """What can be said of a partition now. Only a fresh read counts: what cannot be read is not free."""
+        if partition in self._pumps:
+            return View(partition, self.name, free=False)
+        now = self._clock.monotonic()
+        barred = partition in self._leaving or self._cool_until.get(partition, now) > now
+        try:
+            blob = self._store.get(lease_name(self._group, partition))
+            lease = decode_lease(blob.body, partition)
+        except BlobNotFound:
+            self._seen.pop(partition, None)
+            return View(partition, None, free=not barred)
+        except StoreError as error:
+            self._trouble(partition, "lease not read", error)
+            return View(partition, None, free=False)
+        self._well(partition)
+        seen = self._seen.get(partition)
+        if seen is None or seen.etag != blob.etag:
+            seen = self._seen[partition] = _Seen(lease, blob.etag, now)
+        if lease.owner in ("", self.name) or now - seen.since >= self._lease_s:
+            return View(partition, None, free=not barred)
+        return View(partition, None if barred else lease.owner, free=False)
+
+    def _take(self, partition: int, factory: ProcessorFactory) -> None:
+        seen = self._seen.get(partition)
+        try:
+            holding = self._claimed(partition, seen)
+        except LostRace:
+            return
+        except PenstockError as error:
+            self._trouble(partition, "lease not taken", error)
+            return
+        lease = holding.lease
+        self._log.info(
+            "lease taken",
+            partition=partition,
+            epoch=lease.epoch,
+            checkpoint=lease.sequence_number,
+            from_owner=seen.lease.owner if seen else None,
+        )
+        pump = Pump(
+            self._hub,
+            holding,
+            factory,
+            clock=self._clock,
+            log=self._log,
+            lease_s=self._lease_s,
+            fatal=self._fail,
+        )
+        self._pumps[partition] = pump
+        pump.start()
+
+    def _claimed(self, partition: int, seen: _Seen | None) -> Holding:
+        if seen is not None:
+            return take_over(self._store, self._clock, self._group, seen.lease, seen.etag, self._writer)
+        start = self._start(partition)
+        return claim(self._store, self._clock, self._group, partition, self._writer, start=start)
+
+    def _first_kept(self, partition: int) -> tuple[str, int]:
+        first = self._hub.bounds(partition).first
+        return str(first), first
+
+    def _shut(self) -> None:
+        """All pumps are told before the first is waited for. One whose `process` does not return loses its lease all the same."""
+        pumps = list(self._pumps.values())
+        for pump in pumps:
+            pump.stop(CloseReason.SHUTDOWN)
+        until = self._clock.monotonic() + STOP_S_MAX
+        for pump in pumps:
+            if not self._clock.wait(pump.ended, max(0.0, until - self._clock.monotonic())):
+                self._log.warning("processor did not end", partition=pump.partition, offset=pump.offset)
+            self._release(pump)
+            del self._pumps[pump.partition]
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+            self._log.error("host ends", host=self.name, group=self._group, error=str(error), exc_info=error)
+        self._stop.set()
+
+    def _trouble(self, partition: int, sentence: str, error: PenstockError) -> None:
+        if self._troubles.get(partition) != sentence:
+            self._troubles[partition] = sentence
+            self._log.warning(sentence, partition=partition, error=str(error))
+
+    def _well(self, partition: int) -> None:
+        if self._troubles.pop(partition, None):
+            self._log.info("lease reached again", partition=partition)
