@@ -1,0 +1,162 @@
+"""`penstock dump`: any file that Penstock writes, in readable form (docs/formats.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from penstock.errors import PenstockError, SettingsError
+
+if TYPE_CHECKING:
+    from penstock.events import Frame
+
+_LINES_SHOWN = 3
+_FRAME_HEAD = 52
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--lines", default=_LINES_SHOWN, show_default=True, help="Events shown of a frame or an hour file.")
+def dump(path: Path, lines: int) -> None:
+    """Show a frame, lease, ledger record, manifest, hour file or data folder as JSON, one object for each thing in it."""
+    if not path.exists():
+        raise SettingsError(f"There is nothing at {path}.")
+    for thing in _things(path, lines):
+        click.echo(msgspec.json.format(msgspec.json.encode(thing)))
+
+
+def _things(path: Path, lines: int) -> Iterator[object]:
+    if path.is_dir():
+        yield from _hub(path)
+        return
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head == b"PF":
+        yield from _frames(path, lines)
+    elif head == b"\x1f\x8b":
+        yield _hour_file(path, lines)
+    else:
+        yield {"kind": _kind(path), "content": _json(path)}
+
+
+def _json(path: Path) -> object:
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PenstockError(f"{path} is neither frame, hour file nor JSON: {error}.") from error
+
+
+def _kind(path: Path) -> str:
+    name = path.resolve().as_posix()
+    for pattern, kind in (
+        (r"/_ledger/\d+/\d{20}\.json", "ledger record"),
+        (r"/_leases/[^/]+/\d+\.json", "lease"),
+        (r"/_hours/[^/]+\.json", "hour manifest"),
+        (r"/_hub\.json", "owner of the store"),
+        (r"/run/parts-\d+\.json", "running parts"),
+    ):
+        if re.search(f"{pattern}$", name):
+            return kind
+    return "json"
+
+
+def _frames(path: Path, lines: int) -> Iterator[dict[str, Any]]:
+    from penstock.wire import frame
+
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+        # Header bytes and body bytes stand in the header: together they say where the next frame begins.
+        head = data[at : at + _FRAME_HEAD]
+        end = at + int.from_bytes(head[4:8], "little") + int.from_bytes(head[40:44], "little")
+        yield {"kind": "frame", "at": at, **_frame(frame.decode(data[at:end], where=f"{path}:{at}"), lines)}
+        at = end
+
+
+def _frame(read: Frame, lines: int) -> dict[str, Any]:
+    from penstock.clock import timestamp
+    from penstock.wire import frame
+
+    content = frame.content(read).splitlines()[:lines] if not read.is_marker else []
+    return {
+        "frame": read.kind.name.lower(),
+        "partition": read.partition,
+        "first": read.first,
+        "next": read.next,
+        "enqueued_at": timestamp(read.enqueued_at_ms),
+        "raw_bytes": read.raw_bytes,
+        "body_bytes": len(read.body),
+        "content_crc": read.content_crc,
+        "sources": [
+            {
+                "producer": source.producer,
+                "epoch": source.epoch,
+                "sequence": source.sequence,
+                "count": source.count,
+                "sha256": source.sha256.hex(),
+                "properties": source.properties.decode("utf-8", "replace"),
+            }
+            for source in read.sources
+        ],
+        "lines": [line.decode("utf-8", "replace") for line in content],
+    }
+
+
+def _hour_file(path: Path, lines: int) -> dict[str, Any]:
+    import gzip
+    import zlib
+
+    count = raw_bytes = crc = 0
+    shown: list[str] = []
+    try:
+        with gzip.open(path) as file:
+            for line in file:
+                count += 1
+                raw_bytes += len(line)
+                crc = zlib.crc32(line, crc)
+                if len(shown) < lines:
+                    shown.append(line.decode("utf-8", "replace").rstrip("\n"))
+    except (OSError, EOFError, zlib.error) as error:
+        raise PenstockError(f"{path} is damaged behind event {count}: {error}.") from error
+    return {
+        "kind": "hour file",
+        "bytes": path.stat().st_size,
+        "events": count,
+        "raw_bytes": raw_bytes,
+        "crc32": crc,
+        "lines": shown,
+    }
+
+
+def _hub(path: Path) -> Iterator[dict[str, Any]]:
+    from penstock.clock import SystemClock, timestamp
+    from penstock.hub.embedded import EmbeddedHub
+
+    folder = path if (path / "data.mdb").exists() else path / "hub"
+    if not (folder / "data.mdb").exists():
+        raise SettingsError(f"{path} is neither a data folder nor a hub.")
+    with EmbeddedHub(folder, bytes_max=1 << 20, clock=SystemClock(), read_only=True) as hub:
+        usage = hub.usage()
+        yield {
+            "kind": "hub",
+            "hub": hub.id,
+            "partitions": hub.partitions(),
+            "period_s": hub.period_s,
+            "bytes_used": usage.used,
+            "counters": hub.counters(),
+        }
+        for partition in range(hub.partitions()):
+            bounds = hub.bounds(partition)
+            yield {
+                "kind": "partition",
+                "partition": partition,
+                "first": bounds.first,
+                "next": bounds.next,
+                "bytes": bounds.bytes,
+                "enqueued_first": timestamp(bounds.enqueued_first_ms),
+                "enqueued_last": timestamp(bounds.enqueued_last_ms),
+            }

@@ -1,0 +1,157 @@
+"""`penstock up`, `api` and `host`: the processes of an installation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from penstock.cli.options import settings
+from penstock.errors import SettingsError
+
+if TYPE_CHECKING:
+    from penstock.cli.wiring import Layout
+    from penstock.files import Files, Held
+    from penstock.server.parts import PartState
+    from penstock.settings import Address, Values
+
+_ORPHANS_S = 5.0
+
+
+@click.command()
+@settings("up")
+def up(values: Values) -> None:
+    """Run the whole system on this machine: hub, API workers, archiver. Ctrl-C stops all of it."""
+    _serve(values, whole=True)
+
+
+@click.command()
+@settings("api")
+def api(values: Values) -> None:
+    """Run API workers alone, on a data folder that others may use too."""
+    _serve(values, whole=False)
+
+
+@click.command()
+@settings("host")
+def host(values: Values) -> None:
+    """Run an archiver host alone, on the data folder of `up` or `api`. Any number share the partitions."""
+    from penstock.archive.ledger import claim
+    from penstock.cli import wiring
+    from penstock.clock import SystemClock, timestamp
+    from penstock.files import Files
+    from penstock.server.parts import PartState, Run, remove_run, write_run
+
+    where, files, clock = wiring.layout(values), Files(), SystemClock()
+    name = wiring.host_name(values)
+    with wiring.reading_hub(where, values) as hub:
+        claim(wiring.open_store(where), hub, clock)
+    _made(where)
+    pid = os.getpid()
+    write_run(where.run, files, Run(pid, "", "", [PartState(name, pid, timestamp(clock.now_ms()))]))
+    try:
+        wiring.run_host(name, values, where, part=name)
+    finally:
+        remove_run(where.run, files, pid)
+
+
+def _serve(values: Values, *, whole: bool) -> None:
+    from penstock.cli import wiring
+    from penstock.cli.supervisor import Part, Supervisor, shared_slots
+    from penstock.clock import SystemClock
+    from penstock.files import Files
+    from penstock.server.parts import Run, remove_dead, remove_run, write_run
+
+    where, files = wiring.layout(values), Files()
+    # A lock that is there is asked before the addresses: "already runs" says more than "address in use".
+    held = _hold(where, files) if whole and where.lock.exists() else None
+    with contextlib.ExitStack() as closing:
+        kept, listen = wiring.reserve(values.address("listen"))
+        closing.callback(kept.close)
+        kept, admin = wiring.reserve(values.address("admin"))
+        closing.callback(kept.close)
+        _made(where)
+        if whole and held is None:
+            held = _hold(where, files)
+        wiring.prepare(where, values)
+        remove_dead(where.run, files)
+        log = wiring.part_log("up" if whole else "api", values)
+
+        def worker(index: int, slot: memoryview) -> Part:
+            name = f"api-{index}"
+            return Part(
+                name, lambda: wiring.run_api(name, values, where, listen=listen, admin=admin, held=slot), 0, slot
+            )
+
+        parts = [worker(index, slot) for index, slot in enumerate(shared_slots(values.count("workers")))]
+        if whole and values.text("archive") == "on":
+            parts.append(Part("archiver", lambda: wiring.run_host(wiring.UP_HOST, values, where, part="archiver"), 1))
+        pid = os.getpid()
+
+        def record(running: Sequence[PartState]) -> None:
+            try:
+                write_run(where.run, files, Run(pid, str(listen), str(admin), running))
+            except OSError as error:  # a full disk must not end the supervisor
+                log.warning("The list of parts cannot be written.", detail=str(error))
+
+        Supervisor(
+            parts,
+            clock=SystemClock(),
+            log=log,
+            stop_timeout_s=values.seconds("stop-timeout"),
+            record=record,
+            ready=lambda: _answers(listen) and _answers(admin),
+            announce=lambda: click.echo(_announcement(values, where, listen, admin)),
+        ).run()
+        remove_run(where.run, files, pid)
+
+
+def _hold(where: Layout, files: Files) -> Held:
+    from penstock.clock import SystemClock
+    from penstock.server.parts import lives
+
+    clock, never = SystemClock(), threading.Event()
+    until = clock.monotonic() + _ORPHANS_S
+    while (held := files.hold(where.lock)) is None:
+        pid = where.lock.read_text().strip()
+        # A supervisor that was killed takes its children with it, but they need a moment; until then they have the lock.
+        if not pid.isdigit() or lives(int(pid)) or clock.monotonic() > until:
+            raise SettingsError(f"`penstock up` already runs on {where.data}, as process {pid}. Nothing was started.")
+        clock.wait(never, 0.05)
+    return held
+
+
+def _made(where: Layout) -> None:
+    from penstock.cli.wiring import make_folders
+
+    try:
+        make_folders(where)
+    except OSError as error:
+        raise SettingsError(f"The folder {error.filename or where.data} cannot be made: {error.strerror}.") from error
+
+
+def _answers(address: Address) -> bool:
+    try:
+        socket.create_connection((address.host, address.port), timeout=0.2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _announcement(values: Values, where: Layout, listen: Address, admin: Address) -> str:
+    body = '{"deviceId":"d-1","temperature":21.4}'
+    period = f"hour files in {where.store}, a new one every {values.seconds('period'):.0f} s"
+    archive = "no archive" if values.text("archive") == "none" else period
+    return (
+        f"Penstock takes events on http://{listen}, admin on http://{admin}; "
+        f"{values.count('partitions')} partitions, {archive}.\n"
+        "There are no keys yet: whoever is on this machine may send, and nobody else can.\n"
+        "Try:\n"
+        f"  curl http://{listen}/v1/events -H 'Content-Type: application/x-ndjson' -d '{body}'\n"
+        "Ctrl-C stops everything."
+    )

@@ -1,0 +1,320 @@
+"""The composition root: builds every part from settings. Nothing below sees a settings object."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from penstock.archive.archiver import archivers
+from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper
+from penstock.archive.ledger import claim, owner, start
+from penstock.blobs.disk import DiskBlobs
+from penstock.blobs.probe import probe
+from penstock.cli.supervisor import EXIT_HUB_BROKEN
+from penstock.clock import Clock, SystemClock, timestamp
+from penstock.errors import NotFound, PenstockError, SettingsError, StorageFull
+from penstock.files import Files
+from penstock.hub import embedded
+from penstock.hub.embedded import EmbeddedHub
+from penstock.processor.host import EventProcessorHost
+from penstock.server.app import App, Service, make_app, run_worker
+from penstock.server.housekeeping import Housekeeping
+from penstock.server.ingest import Ingest
+from penstock.server.parser import Limits
+from penstock.server.read import Reads
+from penstock.server.status import build_status
+from penstock.settings import Address, Values
+from penstock.telemetry.log import Log, open_log
+from penstock.wire.route import Router, is_field
+
+UP_HOST = "up"
+
+
+class Layout(NamedTuple):
+    """What lies where in a data folder."""
+
+    data: Path
+    hub: Path
+    run: Path
+    work: Path
+    lock: Path
+    store: Path
+
+
+def layout(values: Values) -> Layout:
+    data = Path(values.text("data"))
+    store = values.text("store")
+    if values.source("store") == "default":
+        folder = data / "store"
+    elif "://" in store and not store.startswith("file:///"):
+        raise SettingsError(f"--store {store}: this version knows folders and file:///folder only.")
+    else:
+        folder = Path(store.removeprefix("file://"))
+    return Layout(data, data / "hub", data / "run", data / "work", data / "lock", folder)
+
+
+def open_store(where: Layout) -> DiskBlobs:
+    return DiskBlobs(where.store, Files())
+
+
+@contextlib.contextmanager
+def reading_hub(where: Layout, values: Values) -> Iterator[EmbeddedHub]:
+    """The hub for reading. Raises SettingsError when there is none; makes nothing."""
+    if not (where.hub / "data.mdb").exists():
+        raise SettingsError(f"There is no hub in {where.data}: start one with `penstock up --data {where.data}`.")
+    with EmbeddedHub(where.hub, bytes_max=values.count("hub-bytes-max"), clock=SystemClock(), read_only=True) as hub:
+        yield hub
+
+
+def prepare(where: Layout, values: Values) -> None:
+    """Make hub and store, or check that they are what the settings say. Raises SettingsError and leaves them alone."""
+    if not is_field(values.text("device-field")):
+        raise SettingsError(f"--device-field {values.text('device-field')!r} cannot name a field.")
+    store = open_store(where)
+    if not (where.hub / "data.mdb").exists() and owner(store) is not None:
+        raise SettingsError(f"The store {where.store} belongs to another hub than the one to be made in {where.data}.")
+    embedded.create(
+        where.hub,
+        partitions=values.count("partitions"),
+        period_s=int(values.seconds("period")),
+        bytes_max=values.count("hub-bytes-max"),
+        clock=SystemClock(),
+    )
+    probe(store, name=str(where.store))
+    with reading_hub(where, values) as hub:
+        claim(store, hub, SystemClock())
+
+
+def make_folders(where: Layout) -> None:
+    files = Files()
+    for folder in (where.data, where.hub, where.run, where.work, where.store):
+        files.make_folders(folder)
+
+
+def reserve(address: Address) -> tuple[socket.socket, Address]:
+    """A socket that keeps the port for the workers, and the address with its port. Raises SettingsError if it is in use.
+
+    Asked for first without SO_REUSEPORT: with it, a second installation of the same user would get a share of the
+    requests of the first. The socket does not listen, so the kernel gives it no connection.
+    """
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    kept = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(tuple(address))
+            port = probe.getsockname()[1]
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        kept.bind((address.host, port))
+    except OSError as error:
+        kept.close()
+        raise SettingsError(f"Cannot listen on {address}: {error.strerror}. Nothing was started.") from error
+    return kept, Address(address.host, port)
+
+
+def _listening(address: Address) -> socket.socket:
+    """One more socket on a reserved port. SO_REUSEADDR is for the next start: connections inherit it, and what is left of
+    them when all processes were killed does not keep the port then."""
+    listening = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listening.bind(tuple(address))
+    listening.listen(4096)
+    return listening
+
+
+def part_log(name: str, values: Values) -> Log:
+    return open_log(name, clock=SystemClock(), level=values.text("log-level"), stream=sys.stderr)
+
+
+def run_api(
+    name: str, values: Values, where: Layout, *, listen: Address, admin: Address, held: memoryview | None
+) -> int:
+    """An API worker, from its fork to its exit code."""
+    clock = SystemClock()
+    log = part_log(name, values)
+    store = open_store(where)
+    broken = threading.Event()
+    stop = threading.Event()
+
+    def end() -> None:
+        # What waits is answered 503 while the worker drains; the exit code tells the supervisor why it ended.
+        broken.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with EmbeddedHub(where.hub, bytes_max=values.count("hub-bytes-max"), clock=clock, held=held) as hub:
+        housekeeping = Housekeeping(
+            hub,
+            store,
+            retention_s=values.seconds("retention"),
+            archived=values.text("archive") == "on",
+            clock=clock,
+            log=log,
+        )
+        service = Service(
+            listen=[_listening(listen)],
+            admin=[_listening(admin)],
+            limits=_limits(values),
+            drain_timeout_s=values.seconds("stop-timeout") / 2,
+            clock=clock,
+            log=log,
+        )
+        keeper = threading.Thread(target=housekeeping.run, args=(stop, lambda _error: end()), name="housekeeping")
+        keeper.start()
+        try:
+            run_worker(service, lambda: _app(hub, store, values, where, clock, log, end), ready=lambda: None)
+        finally:
+            stop.set()
+            keeper.join()
+    return EXIT_HUB_BROKEN if broken.is_set() else 0
+
+
+def _app(
+    hub: EmbeddedHub,
+    store: DiskBlobs,
+    values: Values,
+    where: Layout,
+    clock: Clock,
+    log: Log,
+    broken: Callable[[], None],
+) -> App:
+    import asyncio
+
+    router = Router(
+        hub.partitions(),
+        events_max=values.count("batch-events-max"),
+        event_bytes_max=values.count("event-bytes-max"),
+        frame_bytes_max=values.count("frame-bytes-max"),
+    )
+    ingest = Ingest(
+        hub,
+        router,
+        clock,
+        log,
+        device_field=values.text("device-field"),
+        unzipped_bytes_max=values.count("batch-bytes-max"),
+        waiting_max=values.count("queue-batches-max"),
+        broken=broken,
+    )
+    ingest.start(asyncio.get_running_loop())
+
+    def status() -> Mapping[str, object]:
+        report = msgspec.to_builtins(build_status(hub, store, run_folder=where.run, clock=clock))
+        assert isinstance(report, dict)
+        return report
+
+    def check() -> None:
+        if hub.usage().full:
+            raise StorageFull("The hub's storage is full: new events are refused.")
+
+    return make_app(
+        ingest,
+        Reads(hub, status=status, producer=lambda producer: _producer(hub, producer), check=check),
+        close=ingest.close,
+        log=log,
+    )
+
+
+def _producer(hub: EmbeddedHub, producer: str) -> Mapping[str, object] | None:
+    try:
+        found = hub.producer(producer)
+    except NotFound:
+        return None
+    return {
+        "producer": producer,
+        "epoch": found.epoch,
+        "sequence": found.sequence,
+        "seen_at": timestamp(found.seen_at_ms),
+        "kept": [
+            {
+                "epoch": kept.epoch,
+                "sequence": kept.sequence,
+                "sha256": kept.sha256.hex(),
+                "accepted": kept.accepted,
+                "enqueued_at": timestamp(kept.enqueued_at_ms),
+                "ranges": [{"partition": p, "first": first, "next": following} for p, first, following in kept.ranges],
+            }
+            for kept in found.kept
+        ],
+    }
+
+
+def _limits(values: Values) -> Limits:
+    return Limits(
+        body_bytes_max=values.count("body-bytes-max"),
+        header_bytes_max=values.count("header-bytes-max"),
+        header_s=values.seconds("header-timeout"),
+        body_s=values.seconds("body-timeout"),
+        idle_s=values.seconds("idle-timeout"),
+    )
+
+
+def run_host(name: str, values: Values, where: Layout, *, part: str) -> int:
+    """An archiver host, from its start to its exit code."""
+    clock = SystemClock()
+    log = part_log(part, values)
+    store = open_store(where)
+    stop = threading.Event()
+    with reading_hub(where, values) as hub:
+        host = EventProcessorHost(
+            hub=hub,
+            store=store,
+            group=ARCHIVE_GROUP,
+            name=name,
+            clock=clock,
+            log=log,
+            lease_s=values.seconds("lease"),
+            start=lambda partition: start(store, hub, partition),
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: host.ask_stop())
+        factory = archivers(
+            hub,
+            store,
+            host=name,
+            epoch=host.epoch,
+            clock=clock,
+            files=Files(),
+            folder=where.work,
+            file_bytes_max=values.count("file-bytes-max"),
+            log=log,
+        )
+        publisher = threading.Thread(target=_publish, args=(hub, store, clock, stop, log), name="hours")
+        publisher.start()
+        try:
+            host.run(factory)
+        finally:
+            stop.set()
+            publisher.join()
+    return 0
+
+
+def _publish(hub: EmbeddedHub, store: DiskBlobs, clock: Clock, stop: threading.Event, log: Log) -> None:
+    """Hour manifests, soon after their hour is complete."""
+    keeper = HourKeeper(hub, store)
+    said = ""
+    while not clock.wait(stop, max(0.5, min(10.0, hub.period_s / 10))):
+        try:
+            published = keeper.publish()
+        except PenstockError as error:
+            if said != error.detail:
+                log.warning("Hour manifests wait.", detail=error.detail)
+            said = error.detail
+            continue
+        said = ""
+        for name in published:
+            log.info("Hour is complete.", manifest=name)
+
+
+def host_name(values: Values) -> str:
+    return values.text("name") or f"{socket.gethostname()}-{secrets.token_hex(2)}"

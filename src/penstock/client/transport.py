@@ -1,0 +1,73 @@
+"""One connection to the API. Its only method posts bytes and returns what was answered; what that means is not known here."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Mapping
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import msgspec
+
+from penstock.errors import HubUnavailable, SettingsError
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """An HTTP answer read to its end. Header names are lower-case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Transport(Protocol):
+    def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """Raises HubUnavailable when no whole answer came: the request may or may not have been carried out."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class HttpTransport:
+    """A kept-alive HTTP/1.1 connection, used by one thread. Opens again by itself."""
+
+    def __init__(self, url: str, *, path: str = "/v1/events", timeout_s: float) -> None:
+        parts = urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            raise SettingsError(f"{url} is not an address: the port is wrong.") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection = kind(parts.hostname, port, timeout=timeout_s)
+        self._path = parts.path.rstrip("/") + path
+        self._used = False
+
+    def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:
+        # A server may close an idle connection just when the next request leaves. So a connection that has been used
+        # gets one more try on a new one; that is safe because the batch carries its number.
+        if self._used:
+            try:
+                return self._exchange(body, headers)
+            except (OSError, http.client.HTTPException):
+                self.close()
+        try:
+            return self._exchange(body, headers)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            where = f"{self._connection.host}:{self._connection.port}"
+            raise HubUnavailable(f"{where} gives no answer: {error or type(error).__name__}.") from error
+
+    def _exchange(self, body: bytes, headers: Mapping[str, str]) -> Answer:
+        self._connection.request("POST", self._path, body, dict(headers))
+        with self._connection.getresponse() as response:
+            answer = Answer(
+                response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+            )
+        self._used = True
+        return answer
+
+    def close(self) -> None:
+        self._used = False
+        self._connection.close()

@@ -1,0 +1,98 @@
+"""What an API worker does for the hub beside intake, about once a second: markers, retention, alarms.
+
+Every worker does it, so it goes on when one hangs; doing it twice changes nothing. Retention deletes what is older than it
+*and* archived: the log is the only copy until an hour file is confirmed, and the checkpoint says that it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from penstock.archive.hours import checkpoint
+from penstock.blobs import BlobStore
+from penstock.clock import Clock
+from penstock.errors import HubBroken, PenstockError
+from penstock.server.status import HubUsage, MeasuredHub
+from penstock.telemetry.log import Log
+
+ROUND_S: Final = 1.0
+READER_LAG_MOST: Final = 10_000
+
+
+class KeptUsage(HubUsage, Protocol):
+    @property
+    def reader_lag(self) -> int:
+        """Commits since the oldest open read began: it keeps their pages from being used again."""
+        ...
+
+
+class KeptHub(MeasuredHub, Protocol):
+    def usage(self) -> KeptUsage: ...
+    def maintain(self) -> None:
+        """Time markers, dead readers, producers that were not heard of for long."""
+        ...
+
+
+class Housekeeping:
+    """`archived` is False when the installation has no archiver (`--archive none`): then retention waits for none."""
+
+    def __init__(
+        self, hub: KeptHub, store: BlobStore, *, retention_s: float, archived: bool, clock: Clock, log: Log
+    ) -> None:
+        self._hub = hub
+        self._store = store
+        self._retention_ms = int(retention_s * 1000)
+        self._archived = archived
+        self._clock = clock
+        self._log = log
+        self._said: dict[str, str] = {}
+
+    def run(self, stop: threading.Event, broken: Callable[[HubBroken], None]) -> None:
+        """Until `stop` is set. `broken` is called, and it ends, when the hub's storage failed."""
+        while not self._clock.wait(stop, ROUND_S):
+            try:
+                self.round()
+                self._say("failed", "")
+            except HubBroken as error:
+                broken(error)
+                return
+            except PenstockError as error:
+                self._say("failed", error.detail)
+
+    def round(self) -> None:
+        """Raises what hub and store raise; the next round tries again."""
+        self._hub.maintain()
+        usage = self._hub.usage()
+        self._say("full", "The hub's storage is full: new events are refused." if usage.full else "")
+        pinned = usage.reader_lag > READER_LAG_MOST
+        self._say(
+            "pinned", "A reader has been open for too long and keeps pages from being used again." if pinned else ""
+        )
+        held = [partition for partition in range(self._hub.partitions()) if self._trim(partition)]
+        self._say("held", f"Retention waits for the archive in partitions {held}." if held else "")
+
+    def _trim(self, partition: int) -> bool:
+        """True when events are older than the retention and not archived, so they stay."""
+        oldest_ms = self._clock.now_ms() - self._retention_ms
+        bounds = self._hub.bounds(partition)
+        if bounds.enqueued_first_ms >= oldest_ms:
+            return False
+        # Offsets of the embedded hub are sequence numbers; they compare as numbers.
+        due = before = int(self._hub.locate(partition, oldest_ms))
+        if self._archived:
+            before = min(due, checkpoint(self._store, partition) or 0)
+        if before > bounds.first:
+            self._hub.trim(partition, before=str(before))
+        return before < due
+
+    def _say(self, what: str, sentence: str) -> None:
+        """One line for each change of state."""
+        if self._said.get(what, "") == sentence:
+            return
+        self._said[what] = sentence
+        if sentence:
+            self._log.warning(sentence)
+        else:
+            self._log.info("Over.", problem=what)

@@ -1,0 +1,236 @@
+"""One HTTP/1.1 connection: requests in, answers out, deadlines. Framing is parser.py's; no routes, no events.
+
+One request of a connection is handled at a time. Complete requests that arrived together wait in a queue, anything behind
+them waits unparsed, and the socket is not read meanwhile. No task, future or timer belongs to a request: a connection
+notes when it last got somewhere, and the server looks at all of them once in `sweep_s`.
+
+Who is refused while the request is still arriving gets the answer and the end of the stream at once, and what still comes
+is thrown away for `linger_s`: closing a socket with unread bytes would reset it, and the client would lose the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Protocol, cast
+
+from penstock.errors import HubBusy, PenstockError, RequestTimeout
+from penstock.server.message import Handler, Reply, Request, Response
+from penstock.server.parser import Arriving, Limits, Parser, draining
+from penstock.server.problems import problem
+
+__all__ = ["Connection", "Handler", "Limits", "Reply", "Request", "Response", "Server"]
+
+_STATUS = {status.value: b"HTTP/1.1 %d %s" % (status, status.phrase.encode()) for status in HTTPStatus}
+
+
+class Server(Protocol):
+    """What a connection asks of its server (listener.py)."""
+
+    handler: Handler
+    limits: Limits
+    connections: set[Connection]
+    draining: bool
+    now: float
+    date: bytes
+
+    def forget(self, connection: Connection) -> None: ...
+    def fault(self, error: BaseException) -> PenstockError: ...
+
+
+class Connection(asyncio.Protocol):
+    """One client. `_current` is the request that is being handled, `_held` what waits unparsed behind it."""
+
+    __slots__ = (
+        *("_blocked", "_closing", "_current", "_ended", "_held", "_parser", "_paused"),
+        *("_server", "_since", "_stepping", "_transport", "_unsent"),
+    )
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._parser = Parser(server.limits)
+        self._held = b""
+        self._current: Request | None = None
+        self._since = server.now
+        self._unsent = 0
+        self._stepping = self._paused = self._blocked = self._closing = self._ended = False
+
+    # What the transport calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        crowded = len(self._server.connections) >= self._server.limits.connections_max
+        self._server.connections.add(self)
+        if crowded:
+            self._refuse(HubBusy("The server holds as many connections as it may.", retry_after_s=1))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._held = b""
+        self._server.forget(self)
+
+    def eof_received(self) -> bool:
+        """A client that ends its side still gets the answers to what arrived whole; half a request is dropped."""
+        self._ended = True
+        return not self._closing and (self._current is not None or self._blocked)
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+        self._since = self._server.now
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._since = self._server.now
+        self._step()
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
+        if self._current is None and not self._blocked:
+            self._parse(data)
+            self._step()
+            return
+        self._held += data
+        if not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    # In: one request at a time to the handler
+
+    def _parse(self, data: bytes) -> None:
+        parser = self._parser
+        before = parser.arriving
+        parser.draining = self._server.draining
+        parser.feed(data)
+        if parser.arriving is not before:
+            self._since = self._server.now
+
+    def _step(self) -> None:
+        if self._stepping:  # the handler replied at once: the loop below goes on
+            return
+        self._stepping = True
+        try:
+            while self._current is None and not self._blocked and not self._closing and self._transport is not None:
+                if self._parser.ready:
+                    self._take(self._parser.ready.popleft())
+                elif self._held:
+                    held, self._held = self._held, b""
+                    self._parse(held)
+                else:
+                    self._await_more(self._transport)
+                    break
+        finally:
+            self._stepping = False
+
+    def _take(self, item: Request | BaseException) -> None:
+        if isinstance(item, BaseException):
+            self._refuse(item if isinstance(item, PenstockError) else self._server.fault(item))
+            return
+        self._current = item
+        try:
+            self._server.handler(item, self._reply)
+        except Exception as error:
+            failure = self._server.fault(error)
+            if self._current is item:
+                self._reply(problem(failure))
+
+    def _await_more(self, transport: asyncio.Transport) -> None:
+        if self._ended:
+            self._close(transport)
+            return
+        if self._parser.expects:
+            self._parser.expects = False
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._paused:
+            self._paused = False
+            transport.resume_reading()
+
+    # Out: one way for every answer
+
+    def _reply(self, response: Response) -> None:
+        request = self._current
+        assert request is not None, "a request was answered twice"
+        self._current = None
+        transport = self._transport
+        if transport is None or self._closing or transport.is_closing():
+            return
+        keep = request.keep_alive and not self._server.draining
+        self._write(transport, response, keep, request.method)
+        self._since = self._server.now
+        if keep:
+            self._step()
+        else:
+            self._close(transport)
+
+    def _write(self, transport: asyncio.Transport, response: Response, keep: bool, method: bytes) -> None:
+        more = b"".join([b"%b: %b\r\n" % header for header in response.headers]) if response.headers else b""
+        transport.write(
+            b"%b\r\nDate: %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n%b"
+            % (
+                _STATUS[response.status],
+                self._server.date,
+                response.content_type,
+                len(response.body),
+                more,
+                b"" if keep else b"Connection: close\r\n",
+                b"" if method == b"HEAD" else response.body,
+            )
+        )
+
+    def _refuse(self, error: PenstockError) -> None:
+        """Answer a request that has not arrived whole, end the stream, throw away what still comes."""
+        transport = self._transport
+        if transport is None or self._closing or transport.is_closing():
+            return
+        self._closing = True
+        self._since = self._server.now
+        self._write(transport, problem(error), False, b"")
+        if self._ended:
+            transport.close()
+            return
+        transport.write_eof()
+        if self._paused:
+            transport.resume_reading()
+
+    def _close(self, transport: asyncio.Transport) -> None:
+        self._closing = True
+        self._since = self._server.now
+        transport.close()
+
+    # What the server calls
+
+    def check(self, now: float) -> None:
+        """Enforce the deadlines."""
+        transport = self._transport
+        if transport is None:
+            return
+        unsent, before = transport.get_write_buffer_size(), self._unsent
+        self._unsent = unsent
+        if unsent and unsent < before:
+            self._since = now
+        limits = self._server.limits
+        quiet_s = now - self._since - limits.sweep_s
+        if unsent or self._closing:
+            if quiet_s > (limits.write_s if unsent else limits.linger_s):
+                transport.abort()
+        elif self._current is None:
+            arriving = self._parser.arriving
+            if arriving is Arriving.NOTHING and quiet_s > limits.idle_s:
+                self._close(transport)
+            elif arriving is Arriving.HEADER and quiet_s > limits.header_s:
+                self._refuse(RequestTimeout(f"The header did not arrive within {limits.header_s:g} s."))
+            elif arriving is Arriving.BODY and quiet_s > limits.body_s:
+                self._refuse(RequestTimeout(f"The body did not arrive within {limits.body_s:g} s."))
+
+    def close_if_idle(self) -> None:
+        idle = self._current is None and self._parser.arriving is Arriving.NOTHING
+        if idle and not self._closing and self._transport is not None:
+            self._close(self._transport)
+
+    def abandon(self) -> None:
+        """The last act of a drain: a request without an answer gets one, `not confirmed`; what was said already is cut."""
+        if not self._closing:
+            self._refuse(draining())
+        elif self._transport is not None:
+            self._transport.abort()

@@ -1,0 +1,332 @@
+"""The intake: a POST becomes a batch, batches that wait become one commit, the commit answers them all.
+
+Group commit without a timer: a commit starts when a turn of the event loop has brought nothing new, or enough; while one is under way
+the next gathers. The loop's thread unzips, checks, and splits (big bodies go to an executor); the commit, which mostly waits for the disk,
+has a thread of its own. Nothing is answered with 200 before the commit returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from penstock.clock import Clock, timestamp
+from penstock.errors import (
+    BadHeader,
+    BodyMismatch,
+    EmptyBatch,
+    HubBroken,
+    HubBusy,
+    HubUnavailable,
+    NotConfirmed,
+    NoValidEvent,
+    PenstockError,
+)
+from penstock.events import Appended, Batch
+from penstock.hub import Hub, Refused
+from penstock.server.message import Reply, Request, Response
+from penstock.server.problems import problem
+from penstock.wire.body import ndjson, unzip
+from penstock.wire.route import Rejected, Router, Stamp, is_field
+
+BIG_BODY_BYTES = 256 << 10
+GROUP_BATCHES = 512
+GROUP_BYTES = 2 << 20
+WAITING_BYTES_MAX = 64 << 20
+STORAGE_RETRY_S = 10.0
+PROPERTIES_BYTES_MAX = (1 << 16) - 1  # what a frame's header has room for
+
+_PROPERTY = b"penstock-property-"
+_PRODUCER_ID = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+T = TypeVar("T")
+_encode = msgspec.json.Encoder().encode
+
+
+class Log(Protocol):
+    def info(self, event: str, **fields: object) -> object: ...
+    def error(self, event: str, **fields: object) -> object: ...
+    def exception(self, event: str, **fields: object) -> object: ...
+
+
+class _Waiting(NamedTuple):
+    """A batch on its way to the disk, and whom to tell."""
+
+    batch: Batch
+    rejected: tuple[Rejected, ...]
+    raw_bytes: int
+    reply: Reply
+
+
+class Ingest:
+    """The intake of one worker process. `post` and everything it calls back run on the loop's thread."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        router: Router,
+        clock: Clock,
+        log: Log,
+        *,
+        device_field: str,
+        unzipped_bytes_max: int,
+        waiting_max: int,
+        broken: Callable[[], None],
+    ) -> None:
+        self._hub = hub
+        self._router = router
+        self._clock = clock
+        self._log = log
+        self._device_field = device_field
+        self._unzipped_bytes_max = unzipped_bytes_max
+        self._waiting_max = waiting_max
+        self._broken = broken
+        self._worker = f"w-{secrets.token_hex(8)}"
+        self._numbers = itertools.count(1)  # taken by the loop's thread and the executor's: next() is atomic
+        self._stamp = (-1, Stamp(""))
+        self._waiting: list[_Waiting] = []
+        self._waiting_bytes = 0
+        self._under_way = 0
+        self._prepared_elsewhere = 0
+        self._turning = False
+        self._batches_per_s = 1000.0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="big-body")
+        self._commits: queue.SimpleQueue[list[_Waiting] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._commit_all, name="commit", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Call on the loop's thread before the first post."""
+        self._loop = loop
+        self._thread.start()
+
+    def close(self) -> None:
+        """After the last answer: ends the threads."""
+        self._pool.shutdown()
+        self._commits.put(None)
+        self._thread.join()
+
+    def post(self, request: Request, device: str | None, reply: Reply) -> None:
+        """Take a batch; `device` is the one in the path. Replies when it is on disk, or with what is wrong."""
+        if self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
+            reply(problem(self._busy()))
+        elif len(request.body) > BIG_BODY_BYTES:
+            self._prepared_elsewhere += 1
+            self._pool.submit(self._prepare_elsewhere, request, device, reply)
+        else:
+            try:
+                self._enqueue(self._prepare(request, device, reply))
+            except PenstockError as error:
+                reply(problem(error))
+
+    def _ahead(self) -> int:
+        return self._prepared_elsewhere + len(self._waiting) + self._under_way
+
+    def _busy(self) -> HubBusy:
+        waiting = self._ahead()
+        return HubBusy(
+            f"{waiting} batches wait for the disk. Nothing of this one was stored: keep it and send it again later.",
+            retry_after_s=waiting / self._batches_per_s,
+        )
+
+    def _prepare_elsewhere(self, request: Request, device: str | None, reply: Reply) -> None:
+        assert self._loop is not None
+        try:
+            prepared = self._prepare(request, device, reply)
+        except PenstockError as error:
+            self._loop.call_soon_threadsafe(self._prepared, reply, problem(error))
+        except Exception:
+            self._log.exception("a batch could not be prepared")
+            refusal = HubUnavailable("The server failed on this batch; nothing of it was stored.")
+            self._loop.call_soon_threadsafe(self._prepared, reply, problem(refusal))
+        else:
+            self._loop.call_soon_threadsafe(self._prepared, self._enqueue, prepared)
+
+    def _prepared(self, then: Callable[[T], None], what: T) -> None:
+        self._prepared_elsewhere -= 1
+        then(what)
+
+    def _prepare(self, request: Request, device: str | None, reply: Reply) -> _Waiting:
+        """Everything that can be done before the commit."""
+        headers = request.headers
+        body = request.body
+        if not body:
+            raise EmptyBatch("The body is empty. Nothing was stored.")
+        field = self._field(headers.get(b"penstock-device-field"))
+        properties = _properties(headers)
+        numbered = headers.get(b"penstock-producer")
+        if numbered is None:
+            producer, epoch, sequence, after, sha256 = self._worker, 0, next(self._numbers), None, b""
+        else:
+            producer, epoch, sequence, after, sha256 = _numbers(numbered)
+            if hashlib.sha256(body).digest() != sha256:
+                raise BodyMismatch("The body that arrived is not the one whose sha256 was sent. Send it again.")
+        encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        lines = ndjson(
+            unzip(body, encoding, bytes_max=self._unzipped_bytes_max),
+            headers.get(b"content-type", b"").decode("latin-1"),
+            events_max=self._router.events_max,
+        )
+        routed = self._router.route(lines, self._stamp_for(properties, device, field), field=field, device=device)
+        if not routed.accepted:
+            raise NoValidEvent("Every event of the batch was rejected. Nothing was stored.", rejected=routed.rejected)
+        batch = Batch(
+            producer,
+            epoch,
+            sequence,
+            routed.accepted,
+            routed.groups,
+            numbered is not None,
+            sha256,
+            properties,
+            field,
+            after,
+        )
+        return _Waiting(batch, routed.rejected, sum(len(group.body) for group in routed.groups), reply)
+
+    def _field(self, given: bytes | None) -> str:
+        if given is None:
+            return self._device_field
+        field = given.decode("latin-1")
+        if not is_field(field):
+            raise BadHeader("Penstock-Device-Field is not the name of a field: letters, digits, `_`, `-` and `.`.")
+        return field
+
+    def _stamp_for(self, properties: bytes, device: str | None, field: str) -> Stamp:
+        now_ms = self._clock.now_ms()
+        if properties or device is not None:
+            return Stamp(timestamp(now_ms), properties, device or "", field)
+        stamp = self._stamp
+        if stamp[0] != now_ms:
+            stamp = self._stamp = (now_ms, Stamp(timestamp(now_ms)))
+        return stamp[1]
+
+    def _enqueue(self, waiting: _Waiting) -> None:
+        assert self._loop is not None
+        self._waiting.append(waiting)
+        self._waiting_bytes += waiting.raw_bytes
+        if not self._turning and not self._under_way:
+            self._turning = True
+            self._loop.call_soon(self._turn, len(self._waiting))
+
+    def _turn(self, seen: int) -> None:
+        """Start a commit unless the last turn brought something, so that more may come to share the sync."""
+        assert self._loop is not None
+        count = len(self._waiting)
+        if count != seen and count < GROUP_BATCHES and self._waiting_bytes < GROUP_BYTES:
+            self._loop.call_soon(self._turn, count)
+            return
+        self._turning = False
+        self._under_way = count
+        self._commits.put(self._waiting)
+        self._waiting = []
+
+    def _commit_all(self) -> None:
+        """The commit thread."""
+        assert self._loop is not None
+        while (group := self._commits.get()) is not None:
+            began = self._clock.monotonic()
+            answers: Sequence[Appended | Refused] | NotConfirmed
+            try:
+                answers = self._hub.append([waiting.batch for waiting in group])
+            except NotConfirmed as error:
+                error.fields.setdefault("retry_after_s", STORAGE_RETRY_S)
+                answers = error
+            except HubBroken as error:
+                self._log.error("the hub failed; this process will be started again", reason=str(error))
+                answers = HubUnavailable(error.detail, retry_after_s=STORAGE_RETRY_S)
+                self._loop.call_soon_threadsafe(self._broken)
+            except Exception:
+                self._log.exception("a commit failed", batches=len(group))
+                answers = HubUnavailable("The commit failed; send the batch again.", retry_after_s=STORAGE_RETRY_S)
+            took_s = max(self._clock.monotonic() - began, 1e-6)
+            self._loop.call_soon_threadsafe(self._answer, group, answers, took_s)
+
+    def _answer(
+        self, group: list[_Waiting], answers: Sequence[Appended | Refused] | NotConfirmed, took_s: float
+    ) -> None:
+        assert self._loop is not None
+        self._under_way = 0
+        self._waiting_bytes -= sum(waiting.raw_bytes for waiting in group)
+        self._batches_per_s += 0.1 * (len(group) / took_s - self._batches_per_s)
+        if self._waiting and not self._turning:
+            self._turning = True
+            self._loop.call_soon(self._turn, len(self._waiting))
+        if isinstance(answers, NotConfirmed):
+            refusal = problem(answers)
+            for waiting in group:
+                waiting.reply(refusal)
+            return
+        for waiting, answer in zip(group, answers, strict=True):
+            if isinstance(answer, Appended):
+                waiting.reply(_stored(waiting, answer))
+            else:
+                waiting.reply(problem(answer))
+
+
+def _stored(waiting: _Waiting, answer: Appended) -> Response:
+    batch = waiting.batch
+    rejected = _encode(waiting.rejected) if waiting.rejected else b"[]"
+    return Response(
+        200,
+        b'{"batch":"%b:%d:%d","accepted":%d,"duplicate":%b,"rejected":%b}'
+        % (
+            batch.producer.encode(),
+            batch.epoch,
+            batch.sequence,
+            answer.accepted,
+            b"true" if answer.duplicate else b"false",
+            rejected,
+        ),
+    )
+
+
+def _properties(headers: dict[bytes, bytes]) -> bytes:
+    """The event properties as a JSON object, or nothing."""
+    found = {}
+    for name, value in headers.items():
+        if name.startswith(_PROPERTY):
+            try:
+                found[name[len(_PROPERTY) :].decode("ascii")] = value.decode()
+            except UnicodeDecodeError as error:
+                raise BadHeader(f"The header {name.decode('latin-1')} is not UTF-8.") from error
+    encoded = _encode(found) if found else b""
+    if len(encoded) > PROPERTIES_BYTES_MAX:
+        raise BadHeader(f"The event properties have {len(encoded)} bytes as JSON, the limit is {PROPERTIES_BYTES_MAX}.")
+    return encoded
+
+
+def _numbers(header: bytes) -> tuple[str, int, int, int | None, bytes]:
+    """`<id>;epoch=<n>;sequence=<n>;after=<n>;sha256=<hex>` → producer, epoch, sequence, after, sha256. Raises BadHeader."""
+    producer, *pairs = (part.strip() for part in header.split(b";"))
+    values = dict(pair.partition(b"=")[::2] for pair in pairs)
+    try:
+        if len(values) != len(pairs) or values.keys() - {b"epoch", b"sequence", b"after", b"sha256"}:
+            raise ValueError
+        epoch, sequence = _whole(values[b"epoch"], 32), _whole(values[b"sequence"], 63)
+        after = _whole(values[b"after"], 63) if b"after" in values else None
+        sha256 = bytes.fromhex(values[b"sha256"].decode("ascii"))
+        if not 0 < len(producer) <= 64 or not _PRODUCER_ID.issuperset(producer) or not sequence:
+            raise ValueError
+        if len(values[b"sha256"]) != 64 or len(sha256) != 32:  # fromhex skips white space
+            raise ValueError
+    except (KeyError, ValueError) as error:
+        raise BadHeader(
+            "Penstock-Producer must be <id>;epoch=<n>;sequence=<n from 1>;after=<n>;sha256=<64 hex digits>, with an id of at most "
+            "64 letters, digits, `.`, `_` and `-`. Nothing was stored."
+        ) from error
+    return producer.decode("ascii"), epoch, sequence, after, sha256
+
+
+def _whole(text: bytes, bits: int) -> int:
+    if not text.isdigit() or len(text) > 19 or int(text) >= 1 << bits:
+        raise ValueError
+    return int(text)

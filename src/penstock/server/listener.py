@@ -1,0 +1,98 @@
+"""The sockets that connections come from, and the connections that there are: accept, look after, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections.abc import Sequence
+from email.utils import formatdate
+
+from penstock.clock import Clock
+from penstock.errors import PenstockError
+from penstock.server.http import Connection
+from penstock.server.message import Handler
+from penstock.server.parser import Limits
+from penstock.server.problems import unexpected
+from penstock.telemetry.log import Log
+
+_BACKLOG = 4096
+
+
+class Server:
+    """Serves one handler on sockets that listen already. Lives on one event loop."""
+
+    def __init__(self, handler: Handler, *, limits: Limits, clock: Clock, log: Log) -> None:
+        self.handler = handler
+        self.limits = limits
+        self.connections: set[Connection] = set()
+        self.draining = False
+        self.now = 0.0
+        self.date = b""
+        self._clock = clock
+        self._log = log
+        self._listeners: list[tuple[asyncio.Server, socket.socket]] = []
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._empty = asyncio.Event()
+
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        loop = asyncio.get_running_loop()
+        self._sweep(loop)
+        for listening in sockets:
+            # The copy outlives the listener, so that what the kernel has queued can still be accepted when that closes.
+            copy = listening.dup()
+            factory = functools.partial(Connection, self)
+            self._listeners.append((await loop.create_server(factory, sock=listening, backlog=_BACKLOG), copy))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Stop accepting, answer what is under way, close the rest; after `timeout_s` close that too."""
+        self.draining = True
+        for listener, copy in self._listeners:
+            listener.close()
+            await self._accept_queued(copy)
+        # A request may be on its way on a connection that looks idle; a moment is enough to answer it.
+        await self._wait_empty(min(self.limits.grace_s, timeout_s))
+        for connection in tuple(self.connections):
+            connection.close_if_idle()
+        await self._wait_empty(timeout_s)
+        for _ in ("answer", "cut"):
+            for connection in tuple(self.connections):
+                connection.abandon()
+            await self._wait_empty(self.limits.grace_s)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    def forget(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if self.draining and not self.connections:
+            self._empty.set()
+
+    def fault(self, error: BaseException) -> PenstockError:
+        """Log what should not have happened, once; the error to answer with."""
+        self._log.error("A request failed for a reason that the server does not know.", exc_info=error)
+        return unexpected(error)
+
+    async def _accept_queued(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        listening.setblocking(False)
+        with listening:
+            while True:
+                try:
+                    accepted, _ = listening.accept()
+                except OSError:  # none left, or no file descriptor to take it
+                    return
+                await loop.connect_accepted_socket(functools.partial(Connection, self), accepted)
+
+    async def _wait_empty(self, timeout_s: float) -> None:
+        if self.connections:
+            try:
+                await asyncio.wait_for(self._empty.wait(), timeout_s)
+            except TimeoutError:
+                return
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.now = loop.time()
+        self.date = formatdate(self._clock.now_ms() / 1000, usegmt=True).encode()
+        for connection in tuple(self.connections):
+            connection.check(self.now)
+        self._sweeper = loop.call_later(self.limits.sweep_s, self._sweep, loop)

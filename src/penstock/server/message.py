@@ -1,0 +1,44 @@
+"""A request and its answer, as handlers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Request:
+    """A request that has arrived whole. `path` and `query` are raw; header names are lower case, repeats joined by `, `."""
+
+    __slots__ = ("body", "headers", "keep_alive", "method", "path", "query")
+
+    def __init__(
+        self,
+        method: bytes,
+        path: bytes,
+        query: bytes,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        keep_alive: bool = True,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.body = body
+        self.keep_alive = keep_alive
+
+
+class Response(NamedTuple):
+    """An answer. Length, date and connection headers are the connection's affair."""
+
+    status: int
+    body: bytes
+    content_type: bytes = b"application/json"
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+Reply = Callable[[Response], None]
+"""Takes the one answer to a request, on the loop's thread. The client may be gone by then."""
+
+Handler = Callable[[Request, Reply], None]
+"""Replies at once or later, exactly once. Never raises for what a client did."""
