@@ -4,6 +4,7 @@
     ├── SettingsError               a setting or the place it points to is wrong; nothing was touched (exit 2)
     ├── BatchRefused                the API does not take this batch; nothing of it was stored
     │   ├── MalformedBody · MalformedGzip · EmptyBatch · NoValidEvent · BadHeader · BodyMismatch       400
+    │   ├── BadParameter            400
     │   ├── NotFound 404 · MethodNotAllowed 405 · RequestTimeout 408 · LengthRequired 411
     │   ├── ProducerFenced          409
     │   ├── BodyTooLarge · BatchTooLarge        413
@@ -15,7 +16,8 @@
     │   └── OffsetTrimmed · OffsetBeyondEnd · FrameDamaged · HubBroken
     ├── StoreError                  the blob store did not do what was asked
     │   └── BlobNotFound · LostRace · StoreUnavailable
-    └── ArchiveError                ledger, files and log do not agree; the partition stops
+    ├── ArchiveError                ledger, files and log do not agree; the partition stops
+    └── InternalError               500: the server failed in a way that it does not know
 
 A class carries its `code`, its HTTP `status` where it has one, whether sending the same again can help (`retryable`),
 and its data in `fields`. The client rebuilds the same class from `application/problem+json`.
@@ -88,6 +90,13 @@ class BadHeader(BatchRefused):
 
     code = "bad_header"
     title = "A header cannot be understood"
+
+
+class BadParameter(BatchRefused):
+    """A parameter of the query, named in `parameter`, is not what it may be."""
+
+    code = "bad_parameter"
+    title = "A parameter cannot be understood"
 
 
 class BodyMismatch(BatchRefused):
@@ -311,3 +320,11 @@ class ArchiveError(PenstockError):
 
     code = "archive_error"
     title = "The archive does not agree with the log"
+
+
+class InternalError(PenstockError):
+    """The server failed in a way that it does not know. Whether anything was stored is not known either."""
+
+    code = "internal_error"
+    retryable = True
+    title = "The server failed"

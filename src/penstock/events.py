@@ -32,19 +32,11 @@ class Source(msgspec.Struct, frozen=True, gc=False):
 
 
 class Group(msgspec.Struct, frozen=True, gc=False):
-    """The events of one batch that go to one partition, stamped, as they will be stored.
-
-    `body` is NDJSON as it is (`zipped` false) or as one gzip member; `raw_bytes` and `content_crc` are of the NDJSON,
-    `body_crc` of the body.
-    """
+    """The events of one batch that go to one partition: stamped NDJSON, `count` lines that end in a line feed."""
 
     partition: int
     count: int
-    raw_bytes: int
-    content_crc: int
-    body_crc: int
-    zipped: bool
-    body: bytes
+    content: bytes
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):

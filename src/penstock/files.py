@@ -11,17 +11,20 @@ Work files of a killed process stay behind until `sweep` finds that nobody holds
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
 PART_BYTES = 1 << 20
+_LOCK_TRIES, _LOCK_PAUSE_S = 100, 0.005
 
 _WORK = re.compile(r"\.[0-9a-f]{16}")
 
@@ -83,6 +86,25 @@ class Files:
                 raise
         self.sync_folder(path.parent)
 
+    def replace_if(self, path: Path, body: bytes, *, lock: Path, still: Callable[[], bool]) -> bool:
+        """`replace` if `still()` is true under the lock; False if not.
+
+        What waits for the disk is done outside of the lock: a process that is stopped inside of it keeps all others out.
+        """
+        with self._written(path.parent, io.BytesIO(body)) as work:
+            replaced = False
+            try:
+                with self.lock(lock):
+                    if still():
+                        self._rename(work, path)
+                        replaced = True
+            finally:
+                if not replaced:
+                    self._forget(work)
+        if replaced:
+            self.sync_folder(path.parent)
+        return replaced
+
     def read(self, path: Path) -> bytes:
         """The whole file."""
         return path.read_bytes()
@@ -96,13 +118,13 @@ class Files:
 
     @contextlib.contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """Exclusive among threads and processes for as long as the block runs; waits for it.
+        """Exclusive among threads and processes for as long as the block runs. Raises TimeoutError when another keeps it too long.
 
         The lock file stays: deleting it would let two in, each with a file of its own.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            self._flock(fd, fcntl.LOCK_EX)
+            self._await_lock(fd)
             yield
         finally:
             os.close(fd)
@@ -174,6 +196,15 @@ class Files:
             if os.fstat(fd).st_nlink:
                 return work, fd
             os.close(fd)  # swept between being made and being locked
+
+    def _await_lock(self, fd: int) -> None:
+        pause = threading.Event()
+        for _ in range(_LOCK_TRIES):
+            with contextlib.suppress(BlockingIOError):
+                self._flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            pause.wait(_LOCK_PAUSE_S)
+        raise TimeoutError(errno.ETIMEDOUT, "another process keeps the lock")
 
     def _write_all(self, fd: int, body: bytes) -> None:
         left = memoryview(body)

@@ -28,11 +28,13 @@ from penstock.errors import (
     StoreError,
     StoreUnavailable,
 )
-from penstock.events import Appended, Batch, Bounds, Frame, FrameKind, Group, Slice, Source
+from penstock.events import Appended, Batch, Bounds, Frame, FrameKind, Group, Slice
 from penstock.files import Files
 from penstock.hub import Refused
 from penstock.hub.producers import Producer, judge, remember
-from penstock.wire.frame import PLAIN_BYTES_MAX, crc32, member
+from penstock.wire.draft import drafts
+from penstock.wire.frame import FRAME_BYTES_MAX
+from penstock.wire.frame import decode as decode_frame
 
 T = TypeVar("T")
 
@@ -292,9 +294,7 @@ class MemoryHub:
     def put(self, partition: int, lines: Sequence[bytes]) -> int:
         """Append events as one frame, lines as they are; the sequence number of the first."""
         ndjson = b"".join(line + b"\n" for line in lines)
-        zipped = len(ndjson) >= PLAIN_BYTES_MAX
-        body = member(ndjson) if zipped else ndjson
-        group = Group(partition, len(lines), len(ndjson), crc32(ndjson), crc32(body), zipped, body)
+        group = Group(partition, len(lines), ndjson)
         with self._lock:
             first = self._ends[partition]
             self._puts += 1
@@ -373,19 +373,15 @@ class MemoryHub:
             self._producers[batch.producer] = remember(known, batch, at_ms, ranges)
         return Appended(batch.accepted, duplicate=False)
 
-    def _add(self, batch: Batch, at_ms: int) -> tuple[tuple[int, int, int], ...]:
+    def _add(self, batch: Batch, at_ms: int) -> list[tuple[int, int, int]]:
         ranges = []
-        for group in batch.groups:
-            partition, first = group.partition, self._ends[group.partition]
-            kind = FrameKind.GZIP if group.zipped else FrameKind.PLAIN
-            sent = batch.epoch, batch.sequence, group.count, batch.sha256, batch.properties
-            source = Source(batch.producer, *sent, batch.device_field)
-            sizes = group.raw_bytes, group.content_crc
-            frame = Frame(kind, partition, first, group.count, at_ms, *sizes, group.body, (source,))
-            self._logs[partition].append(frame)
-            self._ends[partition] = frame.next
-            ranges.append((partition, first, frame.next))
-        return tuple(ranges)
+        for draft in drafts([batch], frame_bytes_max=FRAME_BYTES_MAX):
+            first = self._ends[draft.partition]
+            frame = decode_frame(draft.placed(first, at_ms))
+            self._logs[draft.partition].append(frame)
+            self._ends[draft.partition] = frame.next
+            ranges.append((draft.partition, first, frame.next))
+        return ranges
 
     def _mark(self, partition: int, kind: FrameKind, at_ms: int) -> None:
         log, period_ms = self._logs[partition], self.period_s * 1000

@@ -62,16 +62,19 @@ class DiskBlobs:
 
     def replace(self, name: str, body: bytes, *, etag: str, id: str) -> str:
         path = self._writable(name)
-        with _translated(name), self._files.lock(_lock_of(path)):
-            if self.get(name).etag != etag:
-                raise LostRace(f"{name} was changed by another", blob=name)
+        with _translated(name):
             try:
-                self._files.replace(path, body)
+                replaced = self._files.replace_if(
+                    path, body, lock=_lock_of(path), still=lambda: self.get(name).etag == etag
+                )
             except OSError as error:
-                # Renamed or not? Nobody else can have written since: the lock is ours.
+                # Renamed or not? If it was, and another has replaced it since, that one decides: our etag is worth nothing either way.
                 if id.encode() not in self.get(name).body:
                     raise _unavailable(name, error) from error
                 self._sync(path)
+                replaced = True
+        if not replaced:
+            raise LostRace(f"{name} was changed by another", blob=name)
         return _etag(body)
 
     def put(self, name: str, body: BinaryIO) -> None:

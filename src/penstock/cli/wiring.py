@@ -152,7 +152,13 @@ def run_api(
         broken.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with EmbeddedHub(where.hub, bytes_max=values.count("hub-bytes-max"), clock=clock, held=held) as hub:
+    with EmbeddedHub(
+        where.hub,
+        bytes_max=values.count("hub-bytes-max"),
+        clock=clock,
+        held=held,
+        frame_bytes_max=values.count("frame-bytes-max"),
+    ) as hub:
         housekeeping = Housekeeping(
             hub,
             store,

@@ -1,22 +1,25 @@
-"""One commit of the embedded hub: batches in, frames and producers' entries into a write transaction.
+"""One commit of the embedded hub: frames and producers' entries into a write transaction.
 
-Short groups of several batches that go to the same partition share a plain frame, so that many small posts cost few puts. A batch is
-judged after those before it in the same commit were added, so two copies that meet in one commit are one store and one duplicate.
+A batch is judged after those before it in the same commit were, so two copies that meet in one commit are one store and one
+duplicate. The frames were made of all batches before the lock was taken; only when a batch turns out not to be stored (again) are they
+made anew without it.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import lmdb
 import msgspec
 
-from penstock.events import Appended, Batch, FrameKind, Group, Source
+from penstock.events import Appended, Batch, FrameKind
 from penstock.hub import Refused
 from penstock.hub.layout import EVENTS, KEY, MARKER, META_COUNTERS, META_POSITIONS, Databases, Meta
 from penstock.hub.producers import Producer, decode, encode, judge, lost_before, remember
 from penstock.hub.reading import is_open
-from penstock.wire.frame import PLAIN_BYTES_MAX, crc32, pack, pack_source
+from penstock.wire.draft import Draft, drafts
+from penstock.wire.frame import pack
 
 _FLOOR = struct.Struct("<q")
 _POSITION = struct.Struct("<QqQ")
@@ -57,17 +60,6 @@ class Positions:
         return self.get(partition)[1:]
 
 
-class _Run:
-    """A plain frame that is still growing."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-        self.count = 0
-        self.raw_bytes = 0
-        self.bodies: list[bytes] = []
-        self.sources: list[bytes] = []
-
-
 class Commit:
     """Built inside a write transaction; `finish` writes what is left, the caller commits."""
 
@@ -79,28 +71,39 @@ class Commit:
         self._at_ms = max(now_ms, self._positions.floor_ms)
         self._period_ms = self._at_ms - self._at_ms % (meta.period_s * 1000)
         self._next: dict[int, int] = {}
-        self._runs: dict[int, _Run] = {}
         self._producers: dict[str, Producer] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, batch: Batch) -> Appended | Refused:
-        """Store the batch, or say why not."""
-        known = None
-        if batch.retry_safe:
-            known = self._known(batch.producer)
-            answer = judge(known, batch)
-            if answer is not None:
-                if isinstance(answer, Appended):
-                    self.count("duplicates")
-                return answer
-            if known is None and batch.sequence > 1:
-                self.count("dedup_window_passed")
-            if lost_before(known, batch):
-                self.count("lost_batches")
-        ranges = [self._add_group(batch, group) for group in batch.groups]
-        if batch.retry_safe:
-            self._producers[batch.producer] = remember(known, batch, self._at_ms, tuple(ranges))
-        return Appended(batch.accepted, duplicate=False)
+    def add(
+        self, batches: Sequence[Batch], ready: Sequence[Draft], *, frame_bytes_max: int
+    ) -> Sequence[Appended | Refused]:
+        """Store the batches that are to be stored, of which `ready` are the frames; an answer for each."""
+        ranges: list[list[tuple[int, int, int]]] = [[] for _ in batches]
+        answers = [self._judged(batch, into) for batch, into in zip(batches, ranges, strict=True)]
+        if any(answer is not None for answer in answers):
+            kept = [index for index, answer in enumerate(answers) if answer is None]
+            ready = drafts([batches[index] for index in kept], frame_bytes_max=frame_bytes_max)
+            self._place(ready, [ranges[index] for index in kept])
+        else:
+            self._place(ready, ranges)
+        return [answer or Appended(b.accepted, duplicate=False) for b, answer in zip(batches, answers, strict=True)]
+
+    def _judged(self, batch: Batch, ranges: list[tuple[int, int, int]]) -> Appended | Refused | None:
+        """None when the batch is to be stored; then `ranges` is what its entry will say, once it is filled."""
+        if not batch.retry_safe:
+            return None
+        known = self._known(batch.producer)
+        answer = judge(known, batch)
+        if answer is not None:
+            if isinstance(answer, Appended):
+                self.count("duplicates")
+            return answer
+        if known is None and batch.sequence > 1:
+            self.count("dedup_window_passed")
+        if lost_before(known, batch):
+            self.count("lost_batches")
+        self._producers[batch.producer] = remember(known, batch, self._at_ms, ranges)
+        return None
 
     def _known(self, producer: str) -> Producer | None:
         known = self._producers.get(producer)
@@ -109,60 +112,19 @@ class Commit:
             known = decode(entry) if entry is not None else None
         return known
 
-    def _add_group(self, batch: Batch, group: Group) -> tuple[int, int, int]:
-        partition = group.partition
-        first = self._next.get(partition)
-        if first is None:
-            first = self._positions.next(partition)
-        source = pack_source(
-            Source(
-                batch.producer,
-                batch.epoch,
-                batch.sequence,
-                group.count,
-                batch.sha256,
-                batch.properties,
-                batch.device_field,
-            )
-        )
-        run = self._runs.get(partition)
-        if run is not None and (group.zipped or run.raw_bytes + group.raw_bytes >= PLAIN_BYTES_MAX):
-            self._put_run(partition, self._runs.pop(partition))
-            run = None
-        if group.zipped:
-            self._put(FrameKind.GZIP, first, group, source)
-        else:
-            if run is None:
-                run = self._runs[partition] = _Run(first)
-            run.count += group.count
-            run.raw_bytes += group.raw_bytes
-            run.bodies.append(group.body)
-            run.sources.append(source)
-        self._next[partition] = first + group.count
-        return partition, first, first + group.count
-
-    def _put(self, kind: FrameKind, first: int, group: Group, source: bytes) -> None:
-        packed = pack(
-            kind,
-            group.partition,
-            first,
-            group.count,
-            self._at_ms,
-            group.raw_bytes,
-            group.content_crc,
-            group.body_crc,
-            (source,),
-            group.body,
-        )
-        self._txn.put(KEY.pack(first, EVENTS), packed, db=self._databases.frames[group.partition], append=True)
-
-    def _put_run(self, partition: int, run: _Run) -> None:
-        body = b"".join(run.bodies)
-        crc = crc32(body)
-        packed = pack(
-            FrameKind.PLAIN, partition, run.first, run.count, self._at_ms, len(body), crc, crc, run.sources, body
-        )
-        self._txn.put(KEY.pack(run.first, EVENTS), packed, db=self._databases.frames[partition], append=True)
+    def _place(self, ready: Sequence[Draft], ranges: Sequence[list[tuple[int, int, int]]]) -> None:
+        """Give each frame its sequence numbers and put it."""
+        for draft in ready:
+            partition = draft.partition
+            first = number = self._next.get(partition, -1)
+            if first < 0:
+                first = number = self._positions.next(partition)
+            for index, count in draft.members:
+                ranges[index].append((partition, number, number + count))
+                number += count
+            self._next[partition] = number
+            database = self._databases.frames[partition]
+            self._txn.put(KEY.pack(first, EVENTS), draft.placed(first, self._at_ms), db=database, append=True)
 
     def mark(self, partition: int, kind: FrameKind) -> int:
         """Put a marker behind a partition's events, if a file may be open there: if its last record is events.
@@ -172,7 +134,7 @@ class Commit:
         end, period_ms, _ = self._positions.get(partition)
         due = kind is FrameKind.CUT_MARKER or period_ms < self._period_ms
         if due and is_open(self._txn.cursor(self._databases.frames[partition])):
-            packed = pack(kind, partition, end, 0, self._at_ms, 0, 0, 0, (), b"")
+            packed = pack(kind, partition, end, 0, self._at_ms, 0, 0, 0, b"", 0, b"")
             self._txn.put(KEY.pack(end, MARKER), packed, db=self._databases.frames[partition], append=True)
         return end
 
@@ -181,8 +143,6 @@ class Commit:
 
     def finish(self) -> None:
         """Everything that waits goes into the transaction."""
-        for partition, run in self._runs.items():
-            self._put_run(partition, run)
         positions = self._positions
         for partition, following in self._next.items():
             first, period_ms, accepted = positions.get(partition)

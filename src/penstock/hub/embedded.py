@@ -38,8 +38,8 @@ from penstock.hub.commit import Commit, Positions
 from penstock.hub.layout import MARKER, META_HUB, META_POSITIONS, Databases, Meta, open_environment
 from penstock.hub.producers import WINDOW_MS, Producer, decode
 from penstock.hub.reading import (
+    Resident,
     decode_all,
-    drop_resident,
     enqueued_at_ms,
     extent,
     is_open,
@@ -47,13 +47,16 @@ from penstock.hub.reading import (
     reading,
     records,
 )
+from penstock.wire.draft import drafts
+from penstock.wire.frame import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
     from lmdb import _Database as Database
 
 FULL_AT = 0.9
 DELETES_AT_ONCE = 1000
-RESIDENT_BYTES_MAX = 64 << 20
+RESIDENT_BYTES_MAX = 32 << 20
+COMMIT_TOUCHES_BYTES = 64 << 10  # for each frame: the leaf it goes to, with the neighbours that the system maps at once
 DISK_ENDS_BYTES = 1 << 20
 
 
@@ -94,11 +97,19 @@ class EmbeddedHub:
     """
 
     def __init__(
-        self, folder: Path, *, bytes_max: int, clock: Clock, read_only: bool = False, held: memoryview | None = None
+        self,
+        folder: Path,
+        *,
+        bytes_max: int,
+        clock: Clock,
+        read_only: bool = False,
+        held: memoryview | None = None,
+        frame_bytes_max: int = FRAME_BYTES_MAX,
     ) -> None:
         self._folder = folder
         self._clock = clock
         self._held = held
+        self._frame_bytes_max = frame_bytes_max
         self._env = open_environment(folder, bytes_max, read_only=read_only)
         try:
             self._databases = Databases.open(self._env)
@@ -108,7 +119,7 @@ class EmbeddedHub:
             self._env.close()
             raise SettingsError(f"There is no hub in {folder}: {error}.") from error
         self._broken = False
-        self._resident_bytes = 0
+        self._resident = Resident(folder / "data.mdb", bytes_max=RESIDENT_BYTES_MAX)
         self._expired_key = b""
 
     def __enter__(self) -> EmbeddedHub:
@@ -135,6 +146,7 @@ class EmbeddedHub:
         return self._meta.partitions
 
     def append(self, batches: Sequence[Batch]) -> Sequence[Appended | Refused]:
+        ready = drafts(batches, frame_bytes_max=self._frame_bytes_max)
         with _Write(self) as txn:
             if self._is_full(txn):
                 raise StorageFull(
@@ -142,8 +154,9 @@ class EmbeddedHub:
                     "it and send it again; events are deleted when they are archived and older than the retention."
                 )
             commit = Commit(txn, self._databases, self._meta, self._clock.now_ms())
-            answers = [commit.add(batch) for batch in batches]
+            answers = commit.add(batches, ready, frame_bytes_max=self._frame_bytes_max)
             commit.finish()
+        self._resident.touched(COMMIT_TOUCHES_BYTES * len(ready))
         return answers
 
     def _is_full(self, txn: lmdb.Transaction) -> bool:
@@ -165,7 +178,7 @@ class EmbeddedHub:
                 )
             found = list(records(txn.cursor(database), start, end, partition, bytes_max))
         frames = decode_all(found, partition, start)
-        self._forget(sum(len(value) for _, value in found))
+        self._resident.touched(sum(len(value) for _, value in found))
         reached = max((read.next for read in frames), default=start)
         return Slice(partition, offset, frames, str(max(reached, start)), str(end))
 
@@ -181,9 +194,10 @@ class EmbeddedHub:
             return Bounds(first, end, self._databases.bytes_of(txn, database), first_ms, positions.floor_ms)
 
     def locate(self, partition: int, at_ms: int) -> str:
+        database = self._database(partition)
         with reading(self._env) as txn:
             end = self._positions(txn).next(partition)
-            return str(locate(txn.cursor(self._database(partition)), end, at_ms))
+            return str(locate(txn.cursor(database), end, at_ms))
 
     def cut(self) -> Sequence[str]:
         with _Write(self) as txn:
@@ -207,7 +221,7 @@ class EmbeddedHub:
                     # A marker at the end is kept: readers have yet to see it.
                     if following > limit or (kind == MARKER and number >= end):
                         break
-                    more = cursor.delete()
+                    more = cursor.delete() and cursor.key()  # True behind the last one, too
                     deleted += 1
                     events += following - number
                 if events:
@@ -229,7 +243,7 @@ class EmbeddedHub:
             start_ms, of = Databases.ACCEPTED.unpack(counts.key())
             if start_ms >= since:
                 return
-            more = counts.delete() if of == partition else counts.next()
+            more = counts.delete() and counts.key() if of == partition else counts.next()
 
     def maintain(self) -> None:
         """Once a second or so, from any one thread: time markers, dead readers, producers that were not heard of for 14 days."""
@@ -322,13 +336,6 @@ class EmbeddedHub:
         if not (offset.isascii() and offset.isdigit() and len(offset) < 20):
             raise HubError(f"{offset!r} is not an offset of this hub.")
         return int(offset)
-
-    def _forget(self, read_bytes: int) -> None:
-        """Pages that were read stay mapped; give them back now and then, so that memory does not grow with the log."""
-        self._resident_bytes += read_bytes
-        if self._resident_bytes >= RESIDENT_BYTES_MAX:
-            self._resident_bytes = 0
-            drop_resident(self._folder / "data.mdb")
 
 
 class _Write:

@@ -51,11 +51,14 @@ class Meta(msgspec.Struct, frozen=True):
 
 
 def open_environment(folder: Path, bytes_max: int, *, read_only: bool) -> lmdb.Environment:
-    """With the settings that the promises stand on: full sync, no writemap. Once a process, after its fork."""
+    """With the settings that the promises stand on: full sync, no writemap. Once a process, after its fork.
+
+    A reader takes the size that the hub has (0 for LMDB), not `bytes_max`: with a smaller map it could not read all of a larger hub.
+    """
     try:
         return lmdb.open(
             str(folder),
-            map_size=bytes_max,
+            map_size=0 if read_only else bytes_max,
             max_dbs=2048,
             max_readers=4096,
             readonly=read_only,

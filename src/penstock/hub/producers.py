@@ -22,7 +22,7 @@ class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sha256: bytes
     accepted: int
     enqueued_at_ms: int
-    ranges: tuple[tuple[int, int, int], ...]
+    ranges: list[tuple[int, int, int]]
 
 
 class Producer(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -85,10 +85,8 @@ def lost_before(known: Producer | None, batch: Batch) -> bool:
     )
 
 
-def remember(
-    known: Producer | None, batch: Batch, enqueued_at_ms: int, ranges: tuple[tuple[int, int, int], ...]
-) -> Producer:
-    """The entry after `batch` is stored."""
+def remember(known: Producer | None, batch: Batch, enqueued_at_ms: int, ranges: list[tuple[int, int, int]]) -> Producer:
+    """The entry after `batch` is stored. `ranges` may be filled later, before it is encoded."""
     kept = Kept(batch.epoch, batch.sequence, batch.sha256, batch.accepted, enqueued_at_ms, ranges)
     before = known.kept[-(KEPT_BATCHES - 1) :] if known else ()
     return Producer(batch.epoch, batch.sequence, enqueued_at_ms, (*before, kept))

@@ -116,18 +116,32 @@ def locate(cursor: lmdb.Cursor, end: int, at_ms: int) -> int:
     return min(end, extent(cursor)[0]) if low < end and cursor.set_range(KEY.pack(low, MARKER)) else end
 
 
-def drop_resident(data_file: Path) -> None:
-    """Unmap the pages of a mapped file that were touched, without losing anything: a later touch maps them again.
+class Resident:
+    """Keeps what of a mapped file is in this process's memory small, so that it does not grow with the log.
 
-    Nothing happens where /proc is missing; resident memory is then higher, and no less correct.
+    Pages that were touched stay mapped, each with its neighbours. Unmapping loses nothing: a later touch maps them again, from the
+    system's cache. Nothing happens where /proc is missing; resident memory is then higher, and no less correct.
     """
+
+    def __init__(self, data_file: Path, *, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._touched = 0
+        self._ranges = list(_mapped(data_file.resolve()))
+        self._madvise = ctypes.CDLL(None).madvise
+
+    def touched(self, size: int) -> None:
+        """Note that about so many bytes were touched. Thread-safe: at worst one unmaps too often."""
+        self._touched += size
+        if self._touched >= self._bytes_max:
+            self._touched = 0
+            for start, length in self._ranges:
+                self._madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
+
+
+def _mapped(file: Path) -> Iterator[tuple[int, int]]:
+    """Where a file is mapped in this process: address and length."""
     maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return
-    madvise = ctypes.CDLL(None).madvise
-    name = str(data_file.resolve())
-    for line in maps.read_text().splitlines():
-        if line.endswith(name):
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        if line.endswith(str(file)):
             begin, _, end = line.split(" ", 1)[0].partition("-")
-            start = int(begin, 16)
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(int(end, 16) - start), _MADV_DONTNEED)
+            yield int(begin, 16), int(end, 16) - int(begin, 16)

@@ -29,7 +29,7 @@ from penstock.processor import CloseReason, Processor, ProcessorFactory
 from penstock.processor.lease import Holding
 
 POLL_S = 0.1
-READ_BYTES_MAX = 4 << 20
+READ_BYTES_MAX = 1 << 20
 TRIES = 5
 BACKOFF_S_MAX = 30.0
 
@@ -153,7 +153,8 @@ class Pump:
         self._offset, self._markers = events.next_offset, markers
         self._note_progress(int(events.next_offset))
         self._settle()
-        return 0.0
+        # At the end of a log that is being written, a moment's patience makes one read of many commits.
+        return POLL_S if self.holding.held and events.next_offset == events.end_offset else 0.0
 
     def _note_progress(self, reached: int) -> None:
         # Not simply "read something": a processor that fails again and again also reads the same again and again.

@@ -13,6 +13,7 @@ import ctypes
 import enum
 import functools
 import gc
+import resource
 import signal
 import socket
 import sys
@@ -139,18 +140,20 @@ class Router:
         return None, ()
 
 
-def _in_thread(readers: ThreadPoolExecutor, log: Log, work: Blocking) -> Action:
-    def answer(request: Request, names: Names) -> Response:
-        try:
-            return work(request, names)
-        except PenstockError as error:
-            return problem(error)
-        except Exception as error:  # the top of a reader's thread: the client must get an answer
-            log.error("A request could not be answered.", path=request.path.decode("latin-1"), exc_info=error)
-            return problem(unexpected(error))
+def answer(work: Blocking, log: Log, request: Request, names: Names) -> Response:
+    """What `work` returns, or the answer for what it raises."""
+    try:
+        return work(request, names)
+    except PenstockError as error:
+        return problem(error)
+    except Exception as error:  # the top of a reader's thread: the client must get an answer
+        log.error("A request could not be answered.", path=request.path.decode("latin-1"), exc_info=error)
+        return problem(unexpected(error))
 
+
+def _in_thread(readers: ThreadPoolExecutor, log: Log, work: Blocking) -> Action:
     def action(request: Request, names: Names, reply: Reply) -> None:
-        done = asyncio.get_running_loop().run_in_executor(readers, answer, request, names)
+        done = asyncio.get_running_loop().run_in_executor(readers, answer, work, log, request, names)
         done.add_done_callback(lambda future: None if future.cancelled() else reply(future.result()))
 
     return action
@@ -203,9 +206,8 @@ async def _until_signal(service: Service, build: Callable[[], App], ready: Calla
 async def serve(service: Service, app: App, *, ready: Callable[[], None], stop: asyncio.Event) -> None:
     """Serve until `stop` is set; returns when every connection has had its answer or `drain_timeout_s` have passed."""
     log = service.log
-    servers = [
-        Server(handler, limits=service.limits, clock=service.clock, log=log) for handler in (app.listen, app.admin)
-    ]
+    limits = service.limits._replace(connections_max=min(service.limits.connections_max, _connections_max()))
+    servers = [Server(handler, limits=limits, clock=service.clock, log=log) for handler in (app.listen, app.admin)]
     try:
         for server, sockets in zip(servers, (service.listen, service.admin), strict=True):
             await server.start(sockets)
@@ -216,3 +218,10 @@ async def serve(service: Service, app: App, *, ready: Callable[[], None], stop: 
     finally:
         app.close()
     log.info("The worker has stopped.")
+
+
+def _connections_max() -> int:
+    """Three quarters of the files that this process may open at most: a connection beyond them is answered, not reset."""
+    _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
+    return sys.maxsize if files_max == resource.RLIM_INFINITY else files_max * 3 // 4

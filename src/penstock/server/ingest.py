@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -40,14 +40,13 @@ from penstock.wire.route import Rejected, Router, Stamp, is_field
 
 BIG_BODY_BYTES = 256 << 10
 GROUP_BATCHES = 512
-GROUP_BYTES = 2 << 20
-WAITING_BYTES_MAX = 64 << 20
+GROUP_BYTES = 1 << 20
+WAITING_BYTES_MAX = 48 << 20
 STORAGE_RETRY_S = 10.0
 PROPERTIES_BYTES_MAX = (1 << 16) - 1  # what a frame's header has room for
 
 _PROPERTY = b"penstock-property-"
 _PRODUCER_ID = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
-T = TypeVar("T")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -95,7 +94,7 @@ class Ingest:
         self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
         self._under_way = 0
-        self._prepared_elsewhere = 0
+        self._elsewhere = 0
         self._turning = False
         self._batches_per_s = 1000.0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -119,7 +118,8 @@ class Ingest:
         if self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
             reply(problem(self._busy()))
         elif len(request.body) > BIG_BODY_BYTES:
-            self._prepared_elsewhere += 1
+            self._elsewhere += 1
+            self._waiting_bytes += len(request.body)
             self._pool.submit(self._prepare_elsewhere, request, device, reply)
         else:
             try:
@@ -128,7 +128,8 @@ class Ingest:
                 reply(problem(error))
 
     def _ahead(self) -> int:
-        return self._prepared_elsewhere + len(self._waiting) + self._under_way
+        """Batches that have no answer yet."""
+        return self._elsewhere + len(self._waiting) + self._under_way
 
     def _busy(self) -> HubBusy:
         waiting = self._ahead()
@@ -138,21 +139,25 @@ class Ingest:
         )
 
     def _prepare_elsewhere(self, request: Request, device: str | None, reply: Reply) -> None:
+        """In the executor."""
         assert self._loop is not None
+        prepared: _Waiting | PenstockError
         try:
             prepared = self._prepare(request, device, reply)
         except PenstockError as error:
-            self._loop.call_soon_threadsafe(self._prepared, reply, problem(error))
+            prepared = error
         except Exception:
             self._log.exception("a batch could not be prepared")
-            refusal = HubUnavailable("The server failed on this batch; nothing of it was stored.")
-            self._loop.call_soon_threadsafe(self._prepared, reply, problem(refusal))
-        else:
-            self._loop.call_soon_threadsafe(self._prepared, self._enqueue, prepared)
+            prepared = HubUnavailable("The server failed on this batch; nothing of it was stored.")
+        self._loop.call_soon_threadsafe(self._prepared_elsewhere, request, prepared, reply)
 
-    def _prepared(self, then: Callable[[T], None], what: T) -> None:
-        self._prepared_elsewhere -= 1
-        then(what)
+    def _prepared_elsewhere(self, request: Request, prepared: _Waiting | PenstockError, reply: Reply) -> None:
+        self._elsewhere -= 1
+        self._waiting_bytes -= len(request.body)
+        if isinstance(prepared, PenstockError):
+            reply(problem(prepared))
+        else:
+            self._enqueue(prepared)
 
     def _prepare(self, request: Request, device: str | None, reply: Reply) -> _Waiting:
         """Everything that can be done before the commit."""
@@ -190,7 +195,7 @@ class Ingest:
             field,
             after,
         )
-        return _Waiting(batch, routed.rejected, sum(len(group.body) for group in routed.groups), reply)
+        return _Waiting(batch, routed.rejected, len(lines), reply)
 
     def _field(self, given: bytes | None) -> str:
         if given is None:

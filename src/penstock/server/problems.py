@@ -8,19 +8,17 @@ from typing import cast
 
 import msgspec
 
-from penstock.errors import MethodNotAllowed, NotConfirmed, PenstockError, UnsupportedEncoding, UnsupportedType
+from penstock.errors import (
+    InternalError,
+    MethodNotAllowed,
+    NotConfirmed,
+    PenstockError,
+    UnsupportedEncoding,
+    UnsupportedType,
+)
 from penstock.server.message import Response
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
-
-
-class InternalError(PenstockError):
-    """The server failed in a way that it does not know. Whether anything was stored is not known either."""
-
-    code = "internal_error"
-    status = 500
-    retryable = True
-    title = "The server failed"
 
 
 def problem(error: PenstockError) -> Response:

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from penstock.clock import timestamp
-from penstock.errors import BadHeader, NotFound
+from penstock.errors import BadParameter, NotFound
 from penstock.events import Slice
 from penstock.hub import Hub
 from penstock.server.message import Request, Response
@@ -136,14 +136,14 @@ class Reads:
             return str(self._hub.bounds(partition).next)
         number = _whole(start)
         if number is None:
-            raise BadHeader("The parameter `from` is a sequence number, `start` or `end`.", parameter="from")
+            raise BadParameter("The parameter `from` is a sequence number, `start` or `end`.", parameter="from")
         return str(number)
 
 
 def _limit(text: str) -> int:
     limit = _whole(text)
     if limit is None or not 1 <= limit <= _EVENTS_MAX:
-        raise BadHeader(f"The parameter `limit` is a number from 1 to {_EVENTS_MAX}.", parameter="limit")
+        raise BadParameter(f"The parameter `limit` is a number from 1 to {_EVENTS_MAX}.", parameter="limit")
     return limit
 
 

@@ -5,7 +5,6 @@ Nothing is re-serialised: an event keeps its bytes. Every way out is bounded bef
 
 from __future__ import annotations
 
-import contextlib
 import re
 
 import msgspec
@@ -33,6 +32,8 @@ _CHARSET = re.compile(r';\s*charset\s*=\s*"?([^";]*)', re.IGNORECASE)
 # Strings and lists of plain values whole, so that only what makes up the depth is looked at one by one.
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|\[[^\[\]{}"]*+\]|[\[\]{},]', re.DOTALL)
 _COMMAS_AT_ONCE = 1 << 19
+_WINDOW_BYTES_MAX = 1 << 27
+_ZSTD_BYTES_AT_ONCE = 512
 
 
 def unzip(body: bytes, encoding: str, *, bytes_max: int) -> bytes:
@@ -78,26 +79,30 @@ def _gunzip(body: bytes, bytes_max: int) -> bytes:
 def _unzstd(body: bytes, bytes_max: int) -> bytes:
     try:
         declared = zstandard.get_frame_parameters(body).content_size
-        if declared not in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) and declared > bytes_max:
-            raise _too_large(bytes_max)
-        if declared == 0:  # the one-shot call below takes 0 for unknown
-            return _zstd_stream(body, bytes_max)
-        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(
-            body, max_output_size=bytes_max, allow_extra_data=False
-        )
+        if declared not in (0, zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
+            if declared > bytes_max:
+                raise _too_large(bytes_max)
+            return zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX).decompress(
+                body, max_output_size=bytes_max, allow_extra_data=False
+            )
+        return _unzstd_of_unknown_size(body, bytes_max)
     except zstandard.ZstdError as error:
-        # Of unknown size, a body that is too large and one that is damaged fail alike: tell them apart, still bounded.
-        with contextlib.suppress(zstandard.ZstdError):
-            _zstd_stream(body, bytes_max)
         raise MalformedGzip(f"The zstd body cannot be read: {error}. Nothing was stored.") from error
 
 
-def _zstd_stream(body: bytes, bytes_max: int) -> bytes:
-    with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body) as reader:
-        unzipped: bytes = reader.read(bytes_max + 1)
-    if len(unzipped) > bytes_max:
-        raise _too_large(bytes_max)
-    return unzipped
+def _unzstd_of_unknown_size(body: bytes, bytes_max: int) -> bytes:
+    """The one-shot call ignores what follows such a frame. The stream is fed little at a time, for it gives out all at once."""
+    unzipper = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES_MAX).decompressobj()
+    unzipped = bytearray()
+    for at in range(0, len(body), _ZSTD_BYTES_AT_ONCE):
+        unzipped += unzipper.decompress(body[at : at + _ZSTD_BYTES_AT_ONCE])
+        if len(unzipped) > bytes_max:
+            raise _too_large(bytes_max)
+        if unzipper.eof and (unzipper.unused_data or at + _ZSTD_BYTES_AT_ONCE < len(body)):
+            raise MalformedGzip("Bytes follow the first zstd frame; send exactly one. Nothing was stored.")
+    if not unzipper.eof:
+        raise MalformedGzip("The zstd body is cut short. Nothing was stored.")
+    return bytes(unzipped)
 
 
 def ndjson(body: bytes, content_type: str, *, events_max: int = 10_000) -> bytes:
@@ -164,8 +169,10 @@ def _has_more(array: bytes, events_max: int) -> bool:
 
 def _one(text: bytes) -> bytes:
     try:
+        text.isascii() or text.decode()
         _RAW.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
-        rejected = [{"index": 0, "code": "not_json", "detail": str(error)}]
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
+        code = "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_json"
+        rejected = [{"index": 0, "code": code, "detail": str(error)}]
         raise NoValidEvent(f"The body is not JSON: {error}. Nothing was stored.", rejected=rejected) from error
     return text.translate(_LINE_FEEDS) + b"\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +26,8 @@ _MAGIC = b"PF"
 _HEAD = struct.Struct("<2sBBI")
 _REST = struct.Struct("<HHQqIIIII")
 _CRC = struct.Struct("<I")
-_SOURCE = struct.Struct("<IQIB")
+_ORIGIN = struct.Struct("<IQB")
+_KINDS = tuple(FrameKind)
 _TRAILER = struct.Struct("<II")
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]]', re.DOTALL)
 _COLON = re.compile(rb"[ \t\r]*+:[ \t\r]*+")
@@ -51,22 +52,25 @@ def crc32(data: bytes, start: int = 0) -> int:
     return crc
 
 
-def pack_source(source: Source) -> bytes:
-    """A source as it lies in a header."""
-    producer = source.producer.encode()
-    field = b"" if source.device_field == DEVICE_FIELD else source.device_field.encode()
-    return b"".join(
-        (
-            bytes((len(producer),)),
-            producer,
-            _SOURCE.pack(source.epoch, source.sequence, source.count, len(source.sha256)),
-            source.sha256,
-            len(source.properties).to_bytes(2, "little"),
-            source.properties,
-            bytes((len(field),)),
-            field,
-        )
+def pack_origin(producer: str, epoch: int, sequence: int, sha256: bytes, properties: bytes, device_field: str) -> bytes:
+    """A source as it lies in a header, behind its count: the same for all frames that a batch is in."""
+    name = producer.encode()
+    field = b"" if device_field == DEVICE_FIELD else device_field.encode()
+    return b"%c%b%b%b%b%b%c%b" % (
+        len(name),
+        name,
+        _ORIGIN.pack(epoch, sequence, len(sha256)),
+        sha256,
+        len(properties).to_bytes(2, "little"),
+        properties,
+        len(field),
+        field,
     )
+
+
+def pack_count(count: int) -> bytes:
+    """The count that a source begins with."""
+    return _CRC.pack(count)
 
 
 def pack(
@@ -78,14 +82,15 @@ def pack(
     raw_bytes: int,
     content_crc: int,
     body_crc: int,
-    sources: Iterable[bytes],
+    sources: bytes,
+    source_count: int,
     body: bytes,
 ) -> bytes:
     """A whole frame from parts that are ready: called inside the hub's write transaction, so it does no more than it must."""
-    packed = tuple(sources)
-    rest = _REST.pack(
-        partition, len(packed), first, enqueued_at_ms, count, raw_bytes, len(body), content_crc, body_crc
-    ) + b"".join(packed)
+    rest = (
+        _REST.pack(partition, source_count, first, enqueued_at_ms, count, raw_bytes, len(body), content_crc, body_crc)
+        + sources
+    )
     head = _HEAD.pack(_MAGIC, VERSION, kind, _HEAD.size + _CRC.size + len(rest))
     return b"".join((head, _CRC.pack(crc32(rest, crc32(head))), rest, body))
 
@@ -101,64 +106,74 @@ def encode(frame: Frame) -> bytes:
         frame.raw_bytes,
         frame.content_crc,
         crc32(frame.body),
-        map(pack_source, frame.sources),
+        b"".join(
+            pack_count(source.count)
+            + pack_origin(
+                source.producer, source.epoch, source.sequence, source.sha256, source.properties, source.device_field
+            )
+            for source in frame.sources
+        ),
+        len(frame.sources),
         frame.body,
     )
 
 
 def decode(data: bytes, *, where: str = "") -> Frame:
     """The frame that these bytes are. Raises FrameDamaged unless every length and checksum is right."""
-
-    def damaged(what: str) -> FrameDamaged:
-        return FrameDamaged(
-            f"A frame{' at ' + where if where else ''} is damaged: {what}. "
-            "Nothing behind it is read; restore the hub from a backup or archive up to it.",
-            where=where,
-        )
-
     if len(data) < HEADER_BYTES:
-        raise damaged(f"{len(data)} bytes, a header has {HEADER_BYTES}")
+        raise _damaged(where, f"{len(data)} bytes, a header has {HEADER_BYTES}")
     magic, version, kind, header_bytes = _HEAD.unpack_from(data)
     if magic != _MAGIC:
-        raise damaged("it does not begin with PF")
+        raise _damaged(where, "it does not begin with PF")
     if version != VERSION:
-        raise damaged(f"its format is version {version}, this program knows {VERSION}")
+        raise _damaged(where, f"its format is version {version}, this program knows {VERSION}")
     if not HEADER_BYTES <= header_bytes <= len(data):
-        raise damaged("its header does not fit")
+        raise _damaged(where, "its header does not fit")
     rest = data[_HEAD.size + _CRC.size : header_bytes]
     if crc32(rest, crc32(data[: _HEAD.size])) != _CRC.unpack_from(data, _HEAD.size)[0]:
-        raise damaged("the CRC of its header is wrong")
+        raise _damaged(where, "the CRC of its header is wrong")
     partition, sources, first, at_ms, count, raw_bytes, body_bytes, content_crc, body_crc = _REST.unpack_from(rest)
     body = data[header_bytes:]
     if len(body) != body_bytes or crc32(body) != body_crc:
-        raise damaged("the CRC or length of its body is wrong")
-    if kind not in FrameKind.__members__.values():
-        raise damaged(f"it is of the unknown kind {kind}")
+        raise _damaged(where, "the CRC or length of its body is wrong")
+    if kind >= len(_KINDS):
+        raise _damaged(where, f"it is of the unknown kind {kind}")
     try:
         parsed = tuple(_sources(rest, sources))
     except (struct.error, UnicodeDecodeError, IndexError) as error:
-        raise damaged("its sources do not fit") from error
-    if sum(source.count for source in parsed) != count:
-        raise damaged("its sources do not add up")
-    return Frame(FrameKind(kind), partition, first, count, at_ms, raw_bytes, content_crc, body, parsed)
+        raise _damaged(where, "its sources do not fit") from error
+    if sum([source.count for source in parsed]) != count:
+        raise _damaged(where, "its sources do not add up")
+    return Frame(_KINDS[kind], partition, first, count, at_ms, raw_bytes, content_crc, body, parsed)
+
+
+def _damaged(where: str, what: str) -> FrameDamaged:
+    return FrameDamaged(
+        f"A frame{' at ' + where if where else ''} is damaged: {what}. "
+        "Nothing behind it is read; restore the hub from a backup or archive up to it.",
+        where=where,
+    )
 
 
 def _sources(rest: bytes, number: int) -> Iterator[Source]:
     at = _REST.size
-
-    def text(length_bytes: int) -> bytes:
-        nonlocal at
-        length = int.from_bytes(rest[at : at + length_bytes], "little")
-        at += length_bytes + length
-        if at > len(rest):
-            raise IndexError
-        return rest[at - length : at]
-
     for _ in range(number):
-        producer = text(1).decode()
-        epoch, sequence, count, _ = _SOURCE.unpack_from(rest, at)
-        at += _SOURCE.size - 1
-        yield Source(producer, epoch, sequence, count, text(1), text(2), text(1).decode() or DEVICE_FIELD)
+        (count,) = _CRC.unpack_from(rest, at)
+        producer, at = _text(rest, at + _CRC.size, 1)
+        epoch, sequence, _ = _ORIGIN.unpack_from(rest, at)
+        sha256, at = _text(rest, at + _ORIGIN.size - 1, 1)
+        properties, at = _text(rest, at, 2)
+        field, at = _text(rest, at, 1)
+        yield Source(producer.decode(), epoch, sequence, count, sha256, properties, field.decode() or DEVICE_FIELD)
+
+
+def _text(rest: bytes, at: int, length_bytes: int) -> tuple[bytes, int]:
+    """A string behind its length, and where it ends."""
+    begin = at + length_bytes
+    end = begin + int.from_bytes(rest[at:begin], "little")
+    if end > len(rest):
+        raise IndexError
+    return rest[begin:end], end
 
 
 def content(frame: Frame) -> bytes:

@@ -22,7 +22,7 @@ import msgspec
 
 from penstock.errors import BatchTooLarge, EmptyBatch
 from penstock.events import DEVICE_FIELD, Group
-from penstock.wire.frame import FRAME_BYTES_MAX, PLAIN_BYTES_MAX, crc32, fields_of, member, member_crc
+from penstock.wire.frame import FRAME_BYTES_MAX, fields_of
 
 RESERVED = "receivedAt"
 PROPERTIES = "properties"
@@ -174,16 +174,16 @@ class Router:
         """The pieces (lines without their closing) of a partition as groups that fit a frame."""
         content = closing.join(pieces) + closing
         if len(content) <= self._frame_bytes_max or len(pieces) == 1:
-            return (_group(partition, len(pieces), content),)
+            return (Group(partition, len(pieces), content),)
         cut: list[Group] = []
         begin = size = 0
         for index, piece in enumerate(pieces):
             line = len(piece) + len(closing)
             if size and size + line > self._frame_bytes_max:
-                cut.append(_group(partition, index - begin, closing.join(pieces[begin:index]) + closing))
+                cut.append(Group(partition, index - begin, closing.join(pieces[begin:index]) + closing))
                 begin, size = index, 0
             size += line
-        cut.append(_group(partition, len(pieces) - begin, closing.join(pieces[begin:]) + closing))
+        cut.append(Group(partition, len(pieces) - begin, closing.join(pieces[begin:]) + closing))
         return tuple(cut)
 
     def _slow(self, body: bytes, stamp: Stamp, field: str, device: str | None) -> Routed:
@@ -220,14 +220,6 @@ def _decoder(field: str, has_properties: bool) -> msgspec.json.Decoder[Any]:
     fields: list[Any] = [("device", str)] if field else []
     fields += reserved if has_properties else reserved[:1]
     return msgspec.json.Decoder(msgspec.defstruct("Line", fields, rename={"device": field}, gc=False))
-
-
-def _group(partition: int, count: int, content: bytes) -> Group:
-    if len(content) < PLAIN_BYTES_MAX:
-        crc = crc32(content)
-        return Group(partition, count, len(content), crc, crc, False, content)
-    body = member(content)
-    return Group(partition, count, len(content), member_crc(body), crc32(body), True, body)
 
 
 def _lines(body: bytes) -> Iterator[bytes]:

@@ -1,0 +1,170 @@
+"""`python -m bench`: the real system under load. What the figures mean: docs/benchmarks.md.
+
+A figure never makes it fail. Exit 1 if counts are wrong: accepted is not sent, or `penstock audit` finds a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from bench.codec import floor_ns, gzip_bodies, telemetry
+from bench.growth import RANGES, Bench, Growth, Say, Soak, show_growth, show_soak
+from bench.report import Report, floor_of, make_report, show
+from bench.run import Options, Run, Work, run
+from bench.system import BenchError
+
+SINGLES = 4000
+KINDS = ("batches", "single", "single numbered")
+_ROOM = 3  # The log, as much again for the archive, and for what the measured windows add.
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the real system under load.")
+    add = parser.add_argument
+    add("--json", metavar="FILE", help="write the figures as JSON; `-` for standard output")
+    add(
+        "--growth",
+        nargs="*",
+        metavar="RANGE",
+        help=f"cost per event over ranges: {', '.join(RANGES)} (all of them)",
+    )
+    add("--log-bytes", type=int, default=5_000_000_000, help="far end of the range of the log (5000000000)")
+    add("--soak", type=float, nargs="?", const=600.0, metavar="SECONDS", help="memory over a long run (600 s)")
+    add("--only", action="append", choices=KINDS, help="only this kind of load; may be given several times")
+    add("--seconds", type=float, default=20.0, help="length of each measured window (20)")
+    add("--warm-up", type=float, default=3.0, help="seconds of load before it (3)")
+    add("--floor-seconds", type=float, default=2.0, help="length of each measurement of the codec floor (2)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="API workers (cores)")
+    add("--partitions", type=int, default=16)
+    add("--period", default="10s", help="length of an hour file (10s)")
+    add("--connections", type=int, default=16, help="of the load of batches (16)")
+    add("--single-connections", type=int, default=64, help="of the loads of single events (64)")
+    add("--events-per-batch", type=int, default=1000)
+    add("--devices", type=int, default=5000)
+    add("--bodies", type=int, default=400, help="distinct request bodies (400)")
+    add("--seed", type=int, default=1)
+    add("--folder", type=Path, default=Path("build/bench"), help="where data lie meanwhile (build/bench)")
+    given = parser.parse_args(words)
+    if given.growth is not None:
+        given.growth = given.growth or RANGES
+        if unknown := set(given.growth) - set(RANGES):
+            parser.error(f"--growth: no such range: {', '.join(sorted(unknown))}")
+    return given
+
+
+def options_of(given: argparse.Namespace) -> Options:
+    return Options(
+        seconds=given.seconds,
+        warm_up_s=given.warm_up,
+        floor_s=given.floor_seconds,
+        workers=given.workers,
+        partitions=given.partitions,
+        period=given.period,
+        connections=given.connections,
+        single_connections=given.single_connections,
+        events_per_batch=given.events_per_batch,
+        devices=given.devices,
+        bodies=given.bodies,
+        seed=given.seed,
+    )
+
+
+class Prepared:
+    """Request bodies, made once for each number of devices, and the files that load generators read them from."""
+
+    def __init__(self, folder: Path, options: Options, say: Say) -> None:
+        self._folder = folder
+        self._options = options
+        self._say = say
+        self._made: dict[int, tuple[Path, Sequence[bytes]]] = {}
+
+    def batches(self, devices: int) -> tuple[Path, Sequence[bytes]]:
+        if devices not in self._made:
+            options = self._options
+            self._say(f"preparing {options.bodies} bodies of {options.events_per_batch} events, {devices:,} devices")
+            bodies = gzip_bodies(options.bodies, events=options.events_per_batch, devices=devices, seed=options.seed)
+            self._made[devices] = (self._write(f"batches-{devices}", bodies), bodies)
+        return self._made[devices]
+
+    def singles(self) -> Path:
+        events = telemetry(SINGLES, devices=self._options.devices, seed=self._options.seed)
+        return self._write("singles", [event.rstrip() for event in events])
+
+    def _write(self, name: str, bodies: Sequence[bytes]) -> Path:
+        path = self._folder / name
+        path.write_bytes(msgspec.msgpack.encode(bodies))
+        return path
+
+
+def load_runs(folder: Path, options: Options, prepared: Prepared, kinds: Sequence[str], say: Say) -> Report:
+    path, bodies = prepared.batches(options.devices)
+    singles = prepared.singles()
+    batches = Work("batches", path, options.events_per_batch, options.connections, zipped=True, numbered=True)
+    works = [batches] + [
+        Work(kind, singles, 1, options.single_connections, zipped=False, numbered=kind != "single")
+        for kind in KINDS[1:]
+    ]
+    say("codec floor")
+    before_ns = floor_ns(bodies, events=options.events_per_batch, seconds=options.floor_s)
+    runs: list[Run] = []
+    for work in works:
+        if work.name in kinds:
+            say(f"{work.name}: {work.connections} connections, {options.warm_up_s:g} + {options.seconds:g} s")
+            runs.append(run(folder / work.name.replace(" ", "-"), options, work))
+    after_ns = floor_ns(bodies, events=options.events_per_batch, seconds=options.floor_s)
+    return make_report(options, floor_of(before_ns, after_ns), runs)
+
+
+def main(words: Sequence[str]) -> int:
+    given = arguments(words)
+    options = options_of(given)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    out = Console(stderr=given.json == "-", width=None if sys.stdout.isatty() else 160)
+    progress = Console(stderr=True)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    ranges = given.growth or ()
+    if "log" in ranges and shutil.disk_usage(given.folder).free < _ROOM * given.log_bytes:
+        progress.print(f"--growth log needs {_ROOM * given.log_bytes / 1e9:g} GB of free disk in {given.folder}.")
+        return 2
+
+    def say(text: str) -> None:
+        progress.print(f"bench: {text}", style="dim", markup=False, highlight=False)
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="run-", dir=given.folder.resolve()) as name:
+            folder = Path(name)
+            prepared = Prepared(folder, options, say)
+            figures: Report | Growth | Soak
+            if ranges:
+                figures = Bench(folder, options, prepared.batches, say).growth(ranges, given.log_bytes)
+                show_growth(figures, out)
+            elif given.soak is not None:
+                figures = Bench(folder, options, prepared.batches, say).soak(given.soak)
+                show_soak(figures, out)
+            else:
+                figures = load_runs(folder, options, prepared, given.only or KINDS, say)
+                show(figures, out)
+    except KeyboardInterrupt:
+        return 130
+    except (BenchError, OSError, subprocess.TimeoutExpired) as error:
+        progress.print(f"bench: {error}", style="bold red", markup=False)
+        return 1
+    if given.json:
+        text = msgspec.json.format(msgspec.json.encode(figures)) + b"\n"
+        Path("/dev/stdout" if given.json == "-" else given.json).write_bytes(text)
+    return 0 if figures.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

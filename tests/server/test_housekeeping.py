@@ -1,0 +1,171 @@
+"""Retention never passes the archive's checkpoint; alarms are said once; a broken hub ends it."""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+import pytest
+
+from penstock.errors import HubBroken, StorageFull
+from penstock.processor.lease import Lease, encode_lease, lease_name
+from penstock.server.housekeeping import READER_LAG_MOST, Housekeeping
+from penstock.telemetry.log import open_log
+from penstock.testing import FakeClock, MemoryBlobs, MemoryHub
+
+RETENTION_S = 100.0
+
+
+class Usage(msgspec.Struct):
+    used: int = 1
+    limit: int = 100
+    full: bool = False
+    reader_lag: int = 0
+
+
+class Hub(MemoryHub):
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(1, clock=clock)
+        self.state = Usage()
+        self.fails: Exception | None = None
+
+    def usage(self) -> Usage:
+        return self.state
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def maintain(self) -> None:
+        if self.fails:
+            raise self.fails
+        super().maintain()
+
+
+class Lines:
+    """A stream that keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.written: list[dict[str, object]] = []
+
+    def write(self, text: str) -> int:
+        self.written.append(msgspec.json.decode(text))
+        return len(text)
+
+    def flush(self) -> None:
+        return
+
+    def isatty(self) -> bool:
+        return False
+
+
+class House:
+    def __init__(self, *, archived: bool = True) -> None:
+        self.clock = FakeClock(jumps=True)
+        self.hub, self.store, self.lines = Hub(self.clock), MemoryBlobs(), Lines()
+        log = open_log("api-0", clock=self.clock, level="info", stream=self.lines)  # type: ignore[arg-type]
+        self.keeping = Housekeeping(
+            self.hub, self.store, retention_s=RETENTION_S, archived=archived, clock=self.clock, log=log
+        )
+
+    def checkpoint(self, number: int) -> None:
+        name = lease_name("$archive", 0)
+        self.store.delete(name)
+        self.store.create(name, encode_lease(Lease(0, "up", f"x-{number}", 1, str(number), number)), id=f"x-{number}")
+
+    def said(self) -> list[object]:
+        return [line["event"] for line in self.lines.written]
+
+
+def aged(house: House) -> None:
+    """Two frames that are older than the retention, and one that is not."""
+    house.hub.put(0, [b'{"deviceId":"a"}'] * 10)
+    house.clock.advance(10)
+    house.hub.put(0, [b'{"deviceId":"a"}'] * 10)
+    house.clock.advance(RETENTION_S + 1)
+    house.hub.put(0, [b'{"deviceId":"a"}'] * 10)
+
+
+def test_what_is_old_and_archived_is_trimmed() -> None:
+    house = House()
+    aged(house)
+    house.checkpoint(30)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 20
+    assert house.said() == []
+
+
+@pytest.mark.parametrize(("checkpoint", "first"), [(None, 0), (0, 0), (10, 10), (15, 10)])
+def test_what_is_not_archived_stays_and_is_said_once(checkpoint: int | None, first: int) -> None:
+    house = House()
+    aged(house)
+    if checkpoint is not None:
+        house.checkpoint(checkpoint)
+    house.keeping.round()
+    house.keeping.round()
+    assert house.hub.bounds(0).first == first
+    assert house.said() == ["Retention waits for the archive in partitions [0]."]
+    house.checkpoint(30)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 20
+    assert house.said()[1:] == ["Over."]
+
+
+def test_control_without_waiting_for_the_archive_it_would_be_gone() -> None:
+    house = House(archived=False)
+    aged(house)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 20
+
+
+def test_what_is_young_stays() -> None:
+    house = House()
+    house.hub.put(0, [b'{"deviceId":"a"}'] * 10)
+    house.checkpoint(10)
+    house.clock.advance(RETENTION_S - 1)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 0
+
+
+def test_alarms_are_said_when_they_begin_and_when_they_end() -> None:
+    house = House()
+    house.hub.state = Usage(full=True, reader_lag=READER_LAG_MOST + 1)
+    house.keeping.round()
+    house.keeping.round()
+    house.hub.state = Usage()
+    house.keeping.round()
+    assert [str(line)[:28] for line in house.said()] == [
+        "The hub's storage is full: n",
+        "A reader has been open for t",
+        "Over.",
+        "Over.",
+    ]
+
+
+def test_it_goes_on_after_a_failure_and_ends_when_the_hub_is_broken() -> None:
+    house, rounds = House(), 0
+    errors = [StorageFull("full"), StorageFull("full"), None, HubBroken("gone")]
+
+    def usage() -> Usage:
+        nonlocal rounds
+        rounds += 1
+        return Usage()
+
+    class Failing(Hub):
+        def maintain(self) -> None:
+            error = errors.pop(0)
+            if error:
+                raise error
+
+    house.hub = Failing(house.clock)
+    house.hub.usage = usage  # type: ignore[method-assign]
+    house.keeping._hub = house.hub
+    broken: list[HubBroken] = []
+    house.keeping.run(threading.Event(), broken.append)
+    assert [error.detail for error in broken] == ["gone"]
+    assert (house.said(), rounds) == (["full", "Over."], 1)
+
+
+def test_it_stops_when_it_is_asked_to() -> None:
+    stop = threading.Event()
+    stop.set()
+    House().keeping.run(stop, lambda _error: None)

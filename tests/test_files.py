@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import errno
+import io
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from penstock.files import PART_BYTES, Files
+from penstock.testing import FaultyFiles
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_create_is_create_only(tmp_path: Path) -> None:
+    files = Files()
+    assert files.create(tmp_path / "a", b"one")
+    assert not files.create(tmp_path / "a", b"two")
+    assert files.read(tmp_path / "a") == b"one"
+    assert names(tmp_path) == ["a"]
+
+
+def test_replace_put_and_remove(tmp_path: Path) -> None:
+    files = Files()
+    files.replace(tmp_path / "a", b"one")
+    files.replace(tmp_path / "a", b"two")
+    assert files.read(tmp_path / "a") == b"two"
+    big = b"x" * (2 * PART_BYTES + 1)
+    files.put(tmp_path / "a", io.BytesIO(big))
+    assert files.read(tmp_path / "a") == big
+    files.remove(tmp_path / "a")
+    files.remove(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
+    files = FaultyFiles(write_bytes_max=3)
+    files.replace(tmp_path / "a", b"0123456789")
+    assert files.read(tmp_path / "a") == b"0123456789"
+    assert files.calls.count("write") == 4
+
+
+class OneWrite(Files):
+    """The negative control: takes the first short write for the whole."""
+
+    def _write_all(self, fd: int, body: bytes) -> None:
+        self._write(fd, memoryview(body))
+
+
+def test_control_a_single_write_loses_bytes(tmp_path: Path) -> None:
+    class Broken(FaultyFiles, OneWrite):
+        pass
+
+    files = Broken(write_bytes_max=3)
+    files.replace(tmp_path / "a", b"0123456789")
+    assert files.read(tmp_path / "a") == b"012"
+
+
+def test_each_act_syncs_the_content_before_the_name_and_the_folder_after_it(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    files.create(tmp_path / "a", b"one")
+    assert files.calls == ["open_new", "write", "fsync", "link", "unlink", "fsync"]
+    files.calls.clear()
+    files.replace(tmp_path / "a", b"two")
+    assert files.calls == ["open_new", "write", "fsync", "rename", "fsync"]
+    files.calls.clear()
+    files.create(tmp_path / "a", b"three")
+    assert files.calls[-1] == "fsync", "what another has linked is durable before it is answered"
+    files.calls.clear()
+    files.remove(tmp_path / "a")
+    assert files.calls == ["unlink", "fsync"]
+    files.calls.clear()
+    files.make_folders(tmp_path / "b" / "c")
+    assert files.calls == ["mkdir", "fsync", "mkdir", "fsync"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("act", ["create", "replace", "put"])
+def test_a_failure_at_any_step_leaves_old_or_new_and_nothing_else(tmp_path: Path, act: str, number: int) -> None:
+    steps = 0
+    while True:
+        steps += 1
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        files = FaultyFiles({steps: number})
+        path = folder / "a"
+        if act != "create":
+            path.write_bytes(b"old")
+        try:
+            match act:
+                case "create":
+                    files.create(path, b"new")
+                case "replace":
+                    files.replace(path, b"new")
+                case _:
+                    files.put(path, io.BytesIO(b"new"))
+        except OSError as error:
+            assert error.errno == number
+        else:
+            if len(files.calls) < steps:
+                break
+        work_left = files.calls[steps - 1] == "unlink"  # it could not be deleted
+        assert [name for name in names(folder) if name.startswith(".")] == [] or work_left
+        seen = path.read_bytes() if path.exists() else None
+        assert seen in ((None, b"new") if act == "create" else (b"old", b"new"))
+    assert steps > 5
+
+
+def test_control_writing_in_place_leaves_half_a_file(tmp_path: Path) -> None:
+    class InPlace(FaultyFiles):
+        def replace(self, path: Path, body: bytes) -> None:
+            with path.open("wb") as file:
+                self._write_all(file.fileno(), body)
+
+    (tmp_path / "a").write_bytes(b"old!")
+    with pytest.raises(OSError):
+        InPlace({1: errno.ENOSPC}).replace(tmp_path / "a", b"new!")
+    assert (tmp_path / "a").read_bytes() == b"ne"
+
+
+def test_a_lock_keeps_threads_out(tmp_path: Path) -> None:
+    files = Files()
+    inside = 0
+    most = 0
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(50):
+            with files.lock(tmp_path / ".lock"):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_hold_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
+    files = Files()
+    path = tmp_path / "up.lock"
+    program = (
+        "import sys; from pathlib import Path; from penstock.files import Files\n"
+        f"held = Files().hold(Path({str(path)!r}))\n"
+        "print('held' if held else 'refused', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert files.hold(path) is None
+        assert int(files.read(path)) == other.pid
+        other.kill()
+    held = files.hold(path)
+    assert held is not None
+    assert files.hold(path) is None
+    held.release()
+    held.release()
+    again = files.hold(path)
+    assert again is not None
+    again.release()
+
+
+def test_a_work_file_has_no_name(tmp_path: Path) -> None:
+    with Files().work_file(tmp_path) as work:
+        work.write(b"x")
+        assert all(name.startswith(".") for name in names(tmp_path))
+    assert names(tmp_path) == []
+
+
+def test_sweep_deletes_what_the_dead_left_and_nothing_that_is_being_written(tmp_path: Path) -> None:
+    (tmp_path / ".0123456789abcdef").write_bytes(b"left by a killed process")
+    (tmp_path / ".lock").touch()
+    seen: list[list[str]] = []
+
+    class Source(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            Files().sweep(tmp_path)
+            seen.append(names(tmp_path))
+            return super().read(size)
+
+    Files().put(tmp_path / "a", Source(b"content"))
+    assert (tmp_path / "a").read_bytes() == b"content"
+    assert len(seen[0]) == 2 and ".0123456789abcdef" not in seen[0]
+    assert names(tmp_path) == [".lock", "a"]
