@@ -25,6 +25,7 @@ from penstock.processor.lease import Holding, Lease, Writer, claim, decode_lease
 from penstock.processor.pump import Log, Pump
 
 STOP_S_MAX = 5.0
+WAKE_S = 0.5
 
 
 class PumpState(msgspec.Struct, frozen=True):
@@ -97,7 +98,9 @@ class EventProcessorHost:
         """`start`, then block until the host is stopped. Raises what ended it, if that was not `stop`."""
         self.start(factory)
         try:
-            self._done.wait()
+            # In turns: a signal may reach another thread (after SIGCONT it often does), and Python handles it when this one wakes up.
+            while not self._done.wait(WAKE_S):
+                continue
         finally:
             self.stop()
         if self._error is not None:

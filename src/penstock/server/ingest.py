@@ -39,6 +39,7 @@ from penstock.wire.body import ndjson, unzip
 from penstock.wire.route import Rejected, Router, Stamp, is_field
 
 BIG_BODY_BYTES = 256 << 10
+BIG_BATCH_BYTES = 2 << 20
 GROUP_BATCHES = 512
 GROUP_BYTES = 1 << 20
 WAITING_BYTES_MAX = 48 << 20
@@ -117,7 +118,7 @@ class Ingest:
         """Take a batch; `device` is the one in the path. Replies when it is on disk, or with what is wrong."""
         if self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
             reply(problem(self._busy()))
-        elif len(request.body) > BIG_BODY_BYTES:
+        elif _is_big(request.body):
             self._elsewhere += 1
             self._waiting_bytes += len(request.body)
             self._pool.submit(self._prepare_elsewhere, request, device, reply)
@@ -139,23 +140,23 @@ class Ingest:
         )
 
     def _prepare_elsewhere(self, request: Request, device: str | None, reply: Reply) -> None:
-        """In the executor."""
+        """In the executor. An error does not leave it: its traceback would keep the unzipped batch until the next full collection."""
         assert self._loop is not None
-        prepared: _Waiting | PenstockError
+        prepared: _Waiting | Response
         try:
             prepared = self._prepare(request, device, reply)
         except PenstockError as error:
-            prepared = error
+            prepared = problem(error)
         except Exception:
             self._log.exception("a batch could not be prepared")
-            prepared = HubUnavailable("The server failed on this batch; nothing of it was stored.")
+            prepared = problem(HubUnavailable("The server failed on this batch; nothing of it was stored."))
         self._loop.call_soon_threadsafe(self._prepared_elsewhere, request, prepared, reply)
 
-    def _prepared_elsewhere(self, request: Request, prepared: _Waiting | PenstockError, reply: Reply) -> None:
+    def _prepared_elsewhere(self, request: Request, prepared: _Waiting | Response, reply: Reply) -> None:
         self._elsewhere -= 1
         self._waiting_bytes -= len(request.body)
-        if isinstance(prepared, PenstockError):
-            reply(problem(prepared))
+        if isinstance(prepared, Response):
+            reply(prepared)
         else:
             self._enqueue(prepared)
 
@@ -275,6 +276,13 @@ class Ingest:
                 waiting.reply(_stored(waiting, answer))
             else:
                 waiting.reply(problem(answer))
+
+
+def _is_big(body: bytes) -> bool:
+    """Whether preparing it would hold up the loop. A gzip body says at its end how large it is unzipped."""
+    if len(body) > BIG_BODY_BYTES:
+        return True
+    return body[:2] == b"\x1f\x8b" and int.from_bytes(body[-4:], "little") > BIG_BATCH_BYTES
 
 
 def _stored(waiting: _Waiting, answer: Appended) -> Response:

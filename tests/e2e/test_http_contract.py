@@ -1,0 +1,874 @@
+"""The HTTP contract, row by row, against one installation that runs. What is accepted is in its store in the end, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import re
+import signal
+import socket
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import zstandard
+
+from tests.e2e.http_client import Answer, Connection, head, request
+from tests.e2e.oracle import Batch, problems, unstamp
+from tests.e2e.system import System, rss_anon_kib, wait_for
+
+PARTITIONS = 4
+NDJSON = {"Content-Type": "application/x-ndjson"}
+JSON = {"Content-Type": "application/json"}
+GZIP = {**NDJSON, "Content-Encoding": "gzip"}
+ZSTD = {**NDJSON, "Content-Encoding": "zstd"}
+BODY_MAX, BATCH_MAX, EVENT_MAX, EVENTS_MAX, HEADER_MAX = 1 << 20, 16 << 20, 256 << 10, 10_000, 16 << 10
+WORKER_GROWTH_KIB_MAX = 100 << 10
+
+
+class Rig:
+    """The installation, and what it has accepted."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.sent: list[Batch] = []
+        self.memory_kib = {pid: rss_anon_kib(pid) for pid in system.parts("api").values()}
+
+    def post(
+        self, body: bytes, headers: Mapping[str, str] = NDJSON, path: str = "/v1/events", method: str = "POST"
+    ) -> Answer:
+        return request(self.system.url, method, path, body, headers)
+
+    def get(self, path: str, headers: Mapping[str, str] | None = None, *, method: str = "GET") -> Answer:
+        return request(self.system.url, method, path, headers=headers)
+
+    def accept(
+        self,
+        lines: Sequence[bytes],
+        headers: Mapping[str, str] = NDJSON,
+        *,
+        body: bytes | None = None,
+        path: str = "/v1/events",
+        stored: Sequence[bytes] | None = None,
+    ) -> Answer:
+        """Post what must be accepted whole; `stored` is what must lie there for it, if that is not `lines`."""
+        answer = self.post(b"\n".join(lines) if body is None else body, headers, path)
+        self.accepted(answer, len(lines))
+        self.sent.append(Batch(lines if stored is None else stored))
+        return answer
+
+    def accepted(self, answer: Answer, events: int, rejected: int = 0) -> None:
+        assert answer.status == 200, answer
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.json.keys() == {"batch", "accepted", "duplicate", "rejected"}
+        assert (answer.json["accepted"], len(answer.json["rejected"])) == (events, rejected)
+
+    @contextlib.contextmanager
+    def nothing_stored(self) -> Iterator[None]:
+        before = self.system.ends()
+        yield
+        assert self.system.ends() == before
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    system = System(tmp_path_factory.mktemp("contract"), partitions=PARTITIONS)
+    try:
+        rig = Rig(system.start())
+        yield rig
+        system.settle()
+        assert problems(system.store, PARTITIONS, [rig.sent], ("deviceId", "address")) == []
+        assert system.run_file()["parts"] and all(part["restarts"] == 0 for part in system.run_file()["parts"])
+        assert system.stop() == 0
+        log = system.up.text()
+        assert '"level":"error"' not in log, log
+    finally:
+        system.close()
+
+
+def refused(answer: Answer | None, status: int, code: str, *, retryable: bool = False, **fields: object) -> None:
+    """An RFC 9457 problem, exactly."""
+    assert answer is not None, f"no answer instead of {status} {code}"
+    assert (answer.status, answer.json.get("code")) == (status, code), answer
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json
+    assert problem.keys() >= {"type", "title", "status", "code", "detail", "retryable"}
+    assert (problem["status"], problem["retryable"]) == (status, retryable)
+    assert problem["title"] and problem["detail"]
+    assert {name: problem[name] for name in fields} == fields
+    assert ("retry-after" in answer.headers) == (status in (429, 503)), answer.headers
+    if status in (429, 503):
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+def events(count: int, name: str, size: int = 0) -> list[bytes]:
+    return [b'{"deviceId":"%b-%d","n":%d%b}' % (name.encode(), n % 7, n, b" " * size) for n in range(count)]
+
+
+def numbered(body: bytes, producer: str, sequence: int, epoch: int = 1, sha256: str = "") -> dict[str, str]:
+    sha256 = sha256 or hashlib.sha256(body).hexdigest()
+    return {**NDJSON, "Penstock-Producer": f"{producer};epoch={epoch};sequence={sequence};sha256={sha256}"}
+
+
+# What is taken
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/x-ndjson", "application/x-ndjson; charset=utf-8", "Application/X-NDJSON", ""]
+)
+def test_ndjson(rig: Rig, kind: str) -> None:
+    rig.accept(events(3, "ndjson"), {"Content-Type": kind} if kind else {})
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n\n", b" \t\r\n"])
+def test_line_ends_and_blank_lines_are_no_events(rig: Rig, end: bytes) -> None:
+    lines = events(2, "ends")
+    rig.accept(lines, body=end + lines[0] + b" \r\n \n" + lines[1] + end)
+
+
+def test_json_array_and_object(rig: Rig) -> None:
+    lines = events(3, "array")
+    rig.accept(lines, JSON, body=b" [" + b" ,\n".join(lines) + b"]\n")
+    rig.accept(lines[:1], JSON)
+    pretty = b'{\n  "deviceId": "array-1",\r\n  "list": [\n1,\n2]\n}'
+    rig.accept([pretty], JSON, stored=[pretty.replace(b"\n", b" ").replace(b"\r", b" ")])
+    rig.accept(
+        [pretty, lines[0]],
+        JSON,
+        body=b"[%b,%b]" % (pretty, lines[0]),
+        stored=[pretty.translate(bytes.maketrans(b"\r\n", b"  ")), lines[0]],
+    )
+
+
+def test_gzip_zstd_and_chunked(rig: Rig) -> None:
+    lines = events(300, "zipped")
+    body = b"\n".join(lines)
+    rig.accept(lines, GZIP, body=gzip.compress(body))
+    rig.accept(lines, {**GZIP, "Content-Encoding": "GZip"}, body=gzip.compress(body))
+    rig.accept(lines, ZSTD, body=zstandard.compress(body))
+    streamed = zstandard.ZstdCompressor().compressobj()
+    rig.accept(lines, ZSTD, body=streamed.compress(body) + streamed.flush())
+    rig.accept(lines, {**NDJSON, "Content-Encoding": "identity"})
+    for size in (1, 7, 4096):
+        zipped = gzip.compress(b"\n".join(lines[:20]))
+        chunks = [zipped[i : i + size] for i in range(0, len(zipped), size)]
+        body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+        rig.accept(lines[:20], {**GZIP, "Transfer-Encoding": "chunked"}, body=body)
+
+
+def test_the_device_of_the_path(rig: Rig) -> None:
+    path = "/v1/devices/path-1/events"
+    bare = [b'{"n":1}', b'{"n":2,"nested":{"deviceId":"other"}}']
+    stored = [b'{"n":1,"deviceId":"path-1"}', b'{"n":2,"nested":{"deviceId":"other"},"deviceId":"path-1"}']
+    rig.accept(bare, path=path, stored=stored)
+    rig.accept([b"{}", b"{ }"], path=path, stored=[b'{"deviceId":"path-1"}', b'{ "deviceId":"path-1"}'])
+    rig.accept([b'{"deviceId":"path-1","n":3}'], path=path)
+    rig.accept([b'{"n":4}'], path="/v1/devices/path%2D1/events", stored=[b'{"n":4,"deviceId":"path-1"}'])
+    answer = rig.post(b'{"n":5}\n{"deviceId":"path-2"}\n', path=path)
+    rig.accepted(answer, 1, 1)
+    assert (answer.json["rejected"][0]["index"], answer.json["rejected"][0]["code"]) == (1, "bad_device")
+    rig.sent.append(Batch([b'{"n":5,"deviceId":"path-1"}']))
+    with rig.nothing_stored():
+        for bad in ("..", "%2e%2e", "a%2Fb", "%00", "-a", "a%20b", "%C3%A9", "x" * 129):
+            answer = rig.post(b'{"n":1}', path=f"/v1/devices/{bad}/events")
+            refused(answer, 400, "no_valid_event")
+            assert [one["code"] for one in answer.json["rejected"]] == ["bad_device"]
+        refused(rig.post(b'{"n":1}', path="/v1/devices/a/b/events"), 404, "not_found")
+
+
+def test_another_device_field(rig: Rig) -> None:
+    lines = [b'{"address":"field-1","n":1}', b'{"address":"field-2","n":2}']
+    rig.accept(lines, {**NDJSON, "Penstock-Device-Field": "address"})
+    with rig.nothing_stored():
+        answer = rig.post(lines[0])
+        refused(answer, 400, "no_valid_event")
+        assert [one["code"] for one in answer.json["rejected"]] == ["no_device"]
+        for bad in ("", "receivedAt", "a b", "é", "x" * 65):
+            refused(rig.post(lines[0], {**NDJSON, "Penstock-Device-Field": bad}), 400, "bad_header")
+
+
+def test_properties_go_into_the_stamp(rig: Rig) -> None:
+    headers = {**NDJSON, "Penstock-Property-Site": "A", "penstock-property-Line": 'é "3" \\'.encode().decode("latin-1")}
+    before = rig.system.ends()
+    rig.accept([b'{"deviceId":"prop-1","n":1}'], headers)
+    partition = zlib.crc32(b"prop-1") % PARTITIONS
+    (line,) = rig.get(f"/v1/partitions/{partition}/events?from={before[partition]}").body.splitlines()
+    event, properties = unstamp(line)
+    assert event == b'{"deviceId":"prop-1","n":1}'
+    assert {name.lower(): value for name, value in json.loads(properties).items()} == {"site": "A", "line": 'é "3" \\'}
+    stamped = json.loads(line)
+    assert list(stamped)[-2:] == ["receivedAt", "properties"]
+    with rig.nothing_stored():
+        answer = rig.post(b'{"deviceId":"prop-1","properties":1}', headers)
+        refused(answer, 400, "no_valid_event")
+        assert answer.json["rejected"][0]["code"] == "reserved_field"
+    rig.accept([b'{"deviceId":"prop-1","properties":1}'])
+
+
+def test_expect_100_continue(rig: Rig) -> None:
+    (line,) = events(1, "expect")
+    with Connection(rig.system.url) as connection:
+        connection.send(
+            head("POST", "/v1/events", {**NDJSON, "Content-Length": str(len(line)), "Expect": "100-continue"})
+        )
+        assert connection.socket.recv(64) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.send(line)
+        answer = connection.answer()
+        assert answer is not None
+        rig.accepted(answer, 1)
+    rig.sent.append(Batch([line]))
+    with rig.nothing_stored(), Connection(rig.system.url) as connection:
+        connection.send(head("POST", "/v1/events", {**NDJSON, "Content-Length": "1048577", "Expect": "100-continue"}))
+        refused(connection.answer(), 413, "body_too_large", limit_bytes=BODY_MAX)
+
+
+def test_pipelined_requests_are_answered_in_order(rig: Rig) -> None:
+    lines = events(20, "pipe")
+    with Connection(rig.system.url) as connection:
+        connection.send(
+            b"".join(head("POST", "/v1/events", {"Content-Length": str(len(line))}) + line for line in lines)
+            + head("GET", "/health/live", {})
+        )
+        for line in lines:
+            answer = connection.answer()
+            assert answer is not None
+            rig.accepted(answer, 1)
+            rig.sent.append(Batch([line]))
+        answer = connection.answer("GET")
+        assert answer is not None and answer.json == {"ok": True}
+
+
+# The limits, from both sides
+
+
+def test_limits_are_reached_and_not_passed(rig: Rig) -> None:
+    large = b'{"deviceId":"limit-1","pad":"%b"}'
+    fits = large % (b"x" * (EVENT_MAX - len(large) + 2))
+    assert len(fits) == EVENT_MAX
+    rig.accept([fits])
+    body = b"\n".join([fits] * 3)
+    rest = large % (b"y" * (BODY_MAX - len(body) - 1 - len(large) + 2))
+    assert len(body) + 1 + len(rest) == BODY_MAX
+    rig.accept([fits, fits, fits, rest])
+    many = events(EVENTS_MAX, "many")
+    rig.accept(many, GZIP, body=gzip.compress(b"\n".join(many)))
+    wide = events(BATCH_MAX // 2048, "wide", size=2010)
+    wide_body = b"\n".join(wide)
+    rig.accept(wide, GZIP, body=gzip.compress(wide_body + b"\n" * (BATCH_MAX - len(wide_body))))
+
+    answer = rig.post(fits + b"\n" + fits.replace(b"{", b"{ ", 1) + b"\n" + fits)
+    rig.accepted(answer, 2, 1)
+    assert [(one["index"], one["code"]) for one in answer.json["rejected"]] == [(1, "event_too_large")]
+    rig.sent.append(Batch([fits, fits]))
+    with rig.nothing_stored():
+        refused(rig.post(body + b"\n" + rest + b"\n"), 413, "body_too_large", limit_bytes=BODY_MAX)
+        chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+        chunked = rig.post(chunk * 17 + b"0\r\n\r\n", {**NDJSON, "Transfer-Encoding": "chunked"})
+        refused(chunked, 413, "body_too_large", limit_bytes=BODY_MAX)
+        too_many = rig.post(gzip.compress(b"\n".join([*many, many[0]])), GZIP)
+        refused(too_many, 413, "batch_too_large", limit_events=EVENTS_MAX)
+        too_many = rig.post(gzip.compress(b"[" + b",".join([*many, many[0]]) + b"]"), {**GZIP, **JSON})
+        refused(too_many, 413, "batch_too_large", limit_events=EVENTS_MAX)
+        for headers, compress in ((GZIP, gzip.compress), (ZSTD, zstandard.compress)):
+            body = compress(wide_body + b"\n" * (BATCH_MAX + 1 - len(wide_body)))
+            refused(rig.post(body, headers), 413, "batch_too_large", limit_bytes=BATCH_MAX)
+        refused(rig.get("/" + "x" * 9000), 414, "uri_too_long")
+        refused(rig.get("/health/live", {"X-Pad": "x" * HEADER_MAX}), 431, "header_too_large", limit_bytes=HEADER_MAX)
+        many_headers = {f"X-{n}": "y" * 20 for n in range(1000)}
+        refused(rig.get("/health/live", many_headers), 431, "header_too_large", limit_bytes=HEADER_MAX)
+
+
+# What is refused whole
+
+
+def _bad_json(text: bytes) -> bytes:
+    return b'[{"deviceId":"d"},' + text + b"]"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "code"),
+    [
+        (b"", NDJSON, 400, "empty_batch"),
+        (b"\n\r\n \n", NDJSON, 400, "empty_batch"),
+        (b"", JSON, 400, "empty_batch"),
+        (b" \n", JSON, 400, "empty_batch"),
+        (b"[]", JSON, 400, "empty_batch"),
+        (b" [ \n] ", JSON, 400, "empty_batch"),
+        (b"", GZIP, 400, "empty_batch"),
+        (gzip.compress(b""), GZIP, 400, "empty_batch"),
+        (zstandard.compress(b""), ZSTD, 400, "empty_batch"),
+        (_bad_json(b"{"), JSON, 400, "malformed_body"),
+        (_bad_json(b"NaN"), JSON, 400, "malformed_body"),
+        (_bad_json(b'"\xff"'), JSON, 400, "malformed_body"),
+        (b'[{"deviceId":"d"}', JSON, 400, "malformed_body"),
+        (b'[{"deviceId":"d"}]]', JSON, 400, "malformed_body"),
+        (b'{"deviceId":"d"}\n{"deviceId":"d"}', JSON, 400, "no_valid_event"),
+        ("[]".encode("utf-16"), JSON, 400, "no_valid_event"),
+        (b"\xef\xbb\xbf[]", JSON, 400, "no_valid_event"),
+        (b"[" * 100_000, JSON, 400, "malformed_body"),
+        (b'{"deviceId":"d","x":' + b"[" * 100_000, JSON, 400, "no_valid_event"),
+        (b"null", JSON, 400, "no_valid_event"),
+        (b"1", JSON, 400, "no_valid_event"),
+        (b'[1,null,"x",[]]', JSON, 400, "no_valid_event"),
+        (b"not json", NDJSON, 400, "no_valid_event"),
+        (b'{"deviceId":"d"}', GZIP, 400, "malformed_gzip"),
+        (gzip.compress(b'{"deviceId":"d"}'), NDJSON, 400, "no_valid_event"),
+        (gzip.compress(b'{"deviceId":"d"}') + b"x", GZIP, 400, "malformed_gzip"),
+        (gzip.compress(b'{"deviceId":"d"}') + b"\0" * 8, GZIP, 400, "malformed_gzip"),
+        (gzip.compress(b'{"deviceId":"d"}') * 2, GZIP, 400, "malformed_gzip"),
+        (gzip.compress(b"") * 10_000, GZIP, 400, "malformed_gzip"),
+        (gzip.compress(b'{"deviceId":"d"}')[:-8] + b"\0" * 8, GZIP, 400, "malformed_gzip"),
+        (b"\x1f\x8b\x08\x08\0\0\0\0\0\x03" + b"name" * 200, GZIP, 400, "malformed_gzip"),
+        (zstandard.compress(b'{"deviceId":"d"}') + b"x", ZSTD, 400, "malformed_gzip"),
+        (zstandard.compress(b'{"deviceId":"d"}') * 2, ZSTD, 400, "malformed_gzip"),
+        (b'{"deviceId":"d"}', ZSTD, 400, "malformed_gzip"),
+        (b'{"deviceId":"d"}', {**NDJSON, "Content-Encoding": "br"}, 415, "unsupported_encoding"),
+        (b'{"deviceId":"d"}', {**NDJSON, "Content-Encoding": "deflate"}, 415, "unsupported_encoding"),
+        (b'{"deviceId":"d"}', {**NDJSON, "Content-Encoding": "gzip, gzip"}, 415, "unsupported_encoding"),
+        (b'{"deviceId":"d"}', {"Content-Type": "text/plain"}, 415, "unsupported_type"),
+        (b'{"deviceId":"d"}', {"Content-Type": "application/json; charset=utf-16"}, 415, "unsupported_type"),
+    ],
+)
+def test_a_body_that_is_refused(rig: Rig, body: bytes, headers: Mapping[str, str], status: int, code: str) -> None:
+    with rig.nothing_stored():
+        answer = rig.post(body, headers)
+    refused(answer, status, code)
+    if code == "no_valid_event":
+        assert answer.json["rejected"]
+    if status == 415:
+        assert answer.json["supported"]
+        names = "accept-encoding" if code == "unsupported_encoding" else "accept"
+        assert answer.headers[names] == ", ".join(answer.json["supported"])
+
+
+@pytest.mark.parametrize("headers", [GZIP, ZSTD], ids=["gzip", "zstd"])
+def test_a_zipped_body_cut_at_every_length(rig: Rig, headers: Mapping[str, str]) -> None:
+    lines = events(20, "cut")
+    whole = (gzip.compress if headers is GZIP else zstandard.compress)(b"\n".join(lines))
+    with rig.nothing_stored():
+        refused(rig.post(b"", headers), 400, "empty_batch")
+        for length in range(1, len(whole)):
+            refused(rig.post(whole[:length], headers), 400, "malformed_gzip")
+    rig.accept(lines, headers, body=whole)
+
+
+def test_every_bit_of_a_zipped_body(rig: Rig) -> None:
+    """A flipped bit is found, or does not matter: time and system in the header, the padding behind the last code."""
+    lines = events(3, "flip")
+    plain = b"\n".join(lines)
+    whole = bytearray(gzip.compress(plain, mtime=0))
+    for at in range(len(whole)):
+        whole[at] ^= 1 << at % 8
+        answer = rig.post(bytes(whole), GZIP)
+        if answer.status == 200:
+            assert zlib.decompress(whole, wbits=31) == plain, f"a damaged body was accepted at byte {at}"
+            rig.sent.append(Batch(lines))
+        else:
+            refused(answer, 400, "malformed_gzip")
+        whole[at] ^= 1 << at % 8
+
+
+BOMBS: dict[str, tuple[bytes, Mapping[str, str], int, str]] = {
+    "10 MB of zeros": (gzip.compress(bytes(10_000_000)), GZIP, 400, "no_valid_event"),
+    "200 MB of zeros": (gzip.compress(bytes(200_000_000)), GZIP, 413, "batch_too_large"),
+    "200 MB of zeros, zstd": (zstandard.compress(bytes(200_000_000)), ZSTD, 413, "batch_too_large"),
+    "nested": (gzip.compress(gzip.compress(bytes(200_000_000))), GZIP, 400, "no_valid_event"),
+    "a bomb in a bomb": (gzip.compress(gzip.compress(gzip.compress(bytes(200_000_000)))), GZIP, 400, "no_valid_event"),
+    "16 MiB of line feeds": (gzip.compress(b"\n" * BATCH_MAX), GZIP, 400, "empty_batch"),
+    "16 MiB of blank lines": (gzip.compress(b" \n" * (BATCH_MAX // 2)), GZIP, 400, "empty_batch"),
+    "5 million events": (gzip.compress(b"{}\n" * (BATCH_MAX // 3)), GZIP, 413, "batch_too_large"),
+    "8 million elements": (
+        gzip.compress(b"[" + b"0," * (BATCH_MAX // 2 - 2) + b"0]"),
+        {**GZIP, **JSON},
+        413,
+        "batch_too_large",
+    ),
+    "5 million objects": (
+        gzip.compress(b"[" + b"{}," * (BATCH_MAX // 3 - 2) + b"{}]"),
+        {**GZIP, **JSON},
+        413,
+        "batch_too_large",
+    ),
+    "one event of 3 million keys": (
+        gzip.compress(b'{"deviceId":"d"' + b',"":0' * 3_000_000 + b"}"),
+        GZIP,
+        400,
+        "no_valid_event",
+    ),
+    "60 events of 50,000 keys": (
+        gzip.compress((b'{"deviceId":7' + b',"":0' * 50_000 + b"}\n") * 60),
+        GZIP,
+        400,
+        "no_valid_event",
+    ),
+    "an array of 60 events of 50,000 keys": (
+        gzip.compress(b"[" + b",".join([b'{"deviceId":7' + b',"":0' * 50_000 + b"}"] * 60) + b"]"),
+        {**GZIP, **JSON},
+        400,
+        "no_valid_event",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_take_bounded_memory(rig: Rig, bomb: str) -> None:
+    """More than a worker had when it was new, whatever it was sent since."""
+    body, headers, status, code = BOMBS[bomb]
+    workers = rig.system.parts("api").values()
+    assert rig.memory_kib.keys() == set(workers), "no worker was started again"
+    most = dict(rig.memory_kib)
+    with rig.nothing_stored(), ThreadPoolExecutor(4) as senders:
+        answers = [senders.submit(rig.post, body, headers) for _ in range(4)]
+        watching = threading.Event()
+        while not all(answer.done() for answer in answers):
+            most = {pid: max(most[pid], rss_anon_kib(pid)) for pid in workers}
+            watching.wait(0.002)
+        for answer in answers:
+            refused(answer.result(), status, code)
+    growth = {pid: most[pid] - rig.memory_kib[pid] for pid in workers}
+    print(f"{bomb}: {max(growth.values())} KiB more")
+    assert max(growth.values()) < WORKER_GROWTH_KIB_MAX, growth
+
+
+# What does not arrive whole
+
+
+def test_half_a_body_and_gone(rig: Rig) -> None:
+    body = b"\n".join(events(10, "half"))
+    with rig.nothing_stored():
+        for part in range(0, len(body), 37):
+            for how in ("reset", "close", "half-close"):
+                with Connection(rig.system.url) as connection:
+                    connection.send(head("POST", "/v1/events", {"Content-Length": str(len(body))}) + body[:part])
+                    if how == "reset":
+                        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    elif how == "half-close":
+                        connection.socket.shutdown(socket.SHUT_WR)
+                        answer = connection.answer()
+                        assert answer is None or answer.status >= 400
+        assert rig.get("/health/live").status == 200
+
+
+def test_slow_requests_end_with_408(make_system: Callable[..., System]) -> None:
+    times = ("--header-timeout", "1s", "--body-timeout", "1s", "--idle-timeout", "1s")
+    system = make_system(partitions=PARTITIONS, options=times).start()
+    zipped = gzip.compress(b'{"deviceId":"d"}')
+    with contextlib.ExitStack() as closing:
+        half_head, half_body, chunked, too_long, idle = (
+            closing.enter_context(Connection(system.url)) for _ in range(5)
+        )
+        half_head.send(b"POST /v1/events HTTP/1.1\r\nHost: x\r\n")
+        half_body.send(head("POST", "/v1/events", {"Content-Length": "1000"}) + b'{"deviceId":"d"}\n')
+        chunked.send(head("POST", "/v1/events", {"Transfer-Encoding": "chunked"}) + b'11\r\n{"deviceId":"d"}\n\r\n')
+        too_long.send(head("POST", "/v1/events", {**GZIP, "Content-Length": str(len(zipped) + 5)}) + zipped)
+        idle.send(head("GET", "/health/live", {}))
+        answer = idle.answer("GET")
+        assert answer is not None and answer.status == 200
+        for connection in (half_head, half_body, chunked, too_long):
+            refused(connection.answer(), 408, "request_timeout", retryable=True)
+            assert connection.answer() is None, "the connection ends with the answer"
+        assert idle.answer() is None, "an idle connection is closed"
+    assert sum(system.ends()) == 0
+
+
+def test_wrong_content_length(rig: Rig) -> None:
+    body = gzip.compress(b"\n".join(events(10, "length")))
+    with rig.nothing_stored():
+        for length in ("-1", "+5", "0x5", "5,5", "1_0", " ", "9" * 30, "99999999999999999999"):
+            answer = rig.post(body, {**GZIP, "Content-Length": length})
+            assert answer.status in (400, 413), answer
+            refused(answer, answer.status, "bad_header" if answer.status == 400 else "body_too_large")
+        with Connection(rig.system.url) as connection:
+            connection.send(head("POST", "/v1/events", {**GZIP, "Content-Length": str(len(body) - 5)}) + body)
+            refused(connection.answer(), 400, "malformed_gzip")
+            refused(connection.answer(), 400, "bad_header")
+            assert connection.answer() is None
+    # Cut between two lines nothing looks wrong; then the number's sha256 tells.
+    lines = events(2, "length")
+    whole = b"\n".join(lines) + b"\n"
+    with rig.nothing_stored(), Connection(rig.system.url) as connection:
+        headers = {**numbered(whole, "cut-length", 1), "Content-Length": str(len(lines[0]) + 1)}
+        connection.send(head("POST", "/v1/events", headers) + whole)
+        refused(connection.answer(), 400, "body_mismatch", retryable=True)
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "code"),
+    [
+        (b"POST /v1/events HTTP/1.1\r\nHost: x\r\n\r\n", 411, "length_required"),
+        (
+            b"POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\n{}\n",
+            400,
+            "bad_header",
+        ),
+        (
+            b"POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+            "bad_header",
+        ),
+        (b"POST /v1/events HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 400, "bad_header"),
+        (
+            b"POST /v1/events HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n",
+            400,
+            "bad_header",
+        ),
+        (
+            b"POST /v1/events HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n{}\r\n0\r\n\r\n",
+            400,
+            "bad_header",
+        ),
+        (
+            b"POST /v1/events HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFFF\r\n",
+            400,
+            "bad_header",
+        ),
+        (b"POST /v1/events HTTP/1.1\r\nContent-Length: 3\r\n\r\n{}\n", 400, "bad_header"),
+        (b"POST /v1/events HTTP/1.1\r\nHost: x\r\nHost: y\r\nContent-Length: 3\r\n\r\n{}\n", 400, "bad_header"),
+        (b"POST /v1/events HTTP/1.1\nHost: x\nContent-Length: 3\n\n{}\n", 400, "bad_header"),
+        (b"POST /v1/events HTTP/1.1\r\nHost: x\r\n folded: 1\r\nContent-Length: 3\r\n\r\n{}\n", 400, "bad_header"),
+        (b"POST /v1/events HTTP/1.1\r\nHost: x\r\nX: a\0b\r\nContent-Length: 3\r\n\r\n{}\n", 400, "bad_header"),
+        (b"POST /v1/events HTTP/2.0\r\nHost: x\r\nContent-Length: 3\r\n\r\n{}\n", 400, "bad_header"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "bad_header"),
+        (b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "bad_header"),
+        (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03", 400, "bad_header"),
+    ],
+)
+def test_what_is_not_http_1_1(rig: Rig, raw: bytes, status: int, code: str) -> None:
+    with rig.nothing_stored(), Connection(rig.system.url) as connection:
+        connection.send(raw)
+        refused(connection.answer(), status, code)
+
+
+# What is rejected event by event
+
+
+def test_each_event_code_with_its_index(rig: Rig) -> None:
+    good = events(4, "mixed")
+    twice = b'{"deviceId":"mixed-1","deviceId":"mixed-1"}'
+    bad = [
+        (b"{", "not_json"),
+        (b'{"deviceId":"mixed-1","x":NaN}', "not_json"),
+        (b'{"deviceId":"mixed-1"} {}', "not_json"),
+        (b'{"deviceId":"mixed-1","x":' + b"[" * 5000 + b"]" * 5000 + b"}", "not_json"),
+        (b'{"deviceId":"mixed-1","x":"\xff"}', "not_utf8"),
+        (b'{"deviceId":"mixed-1","x":"\\ud800"}', "not_json"),
+        (b'["deviceId"]', "not_an_object"),
+        (b'"deviceId"', "not_an_object"),
+        (b"17", "not_an_object"),
+        (b"{}", "no_device"),
+        (b'{"DeviceId":"mixed-1"}', "no_device"),
+        (b'{"x":{"deviceId":"mixed-1"}}', "no_device"),
+        (b'{"deviceId":17}', "bad_device"),
+        (b'{"deviceId":null}', "bad_device"),
+        (b'{"deviceId":""}', "bad_device"),
+        (b'{"deviceId":".."}', "bad_device"),
+        (b'{"deviceId":"a/b"}', "bad_device"),
+        (b'{"deviceId":"a\\u0000"}', "bad_device"),
+        ('{"deviceId":"é"}'.encode(), "bad_device"),
+        (b'{"deviceId":"%b"}' % (b"x" * 129), "bad_device"),
+        (twice, "bad_device"),
+        (twice.replace(b"deviceId", b"device\\u0049d", 1), "bad_device"),
+        (b'{"deviceId":"mixed-1","receivedAt":"2026-11-22T14:03:21.123Z"}', "reserved_field"),
+        (b'{"deviceId":"mixed-1","received\\u0041t":1}', "reserved_field"),
+        (b'{"deviceId":"mixed-1","pad":"%b"}' % (b"x" * EVENT_MAX), "event_too_large"),
+    ]
+    lines = [good[0]]
+    for line, _ in bad:
+        lines += [line, good[len(lines) % 4]]
+    for form, headers in (("ndjson", NDJSON), ("json", JSON)):
+        if form == "json":
+            # An array that is not JSON, or not UTF-8, is refused whole: those are an event's affair in NDJSON only.
+            part = [line for line in lines if line in good or dict(bad)[line] not in ("not_json", "not_utf8")]
+            body = b"[" + b",".join(part) + b"]"
+        else:
+            part, body = lines, b"\n".join(lines)
+        want = [(i, dict(bad)[line]) for i, line in enumerate(part) if line not in good]
+        answer = rig.post(body, headers)
+        rig.accepted(answer, len(part) - len(want), len(want))
+        assert [(one["index"], one["code"]) for one in answer.json["rejected"]] == want
+        assert all(one["detail"] for one in answer.json["rejected"])
+        rig.sent.append(Batch([line for line in part if line in good]))
+    for line, code in bad:
+        with rig.nothing_stored():
+            answer = rig.post(line)
+            refused(answer, 400, "no_valid_event")
+            assert [(one["index"], one["code"]) for one in answer.json["rejected"]] == [(0, code)]
+
+
+# Producers' numbers
+
+
+def test_the_producers_table(rig: Rig) -> None:
+    bodies = [events(1, f"number{n}")[0] for n in range(12)]
+
+    def send(n: int, sequence: int, epoch: int = 1) -> Answer:
+        return rig.post(bodies[n], numbered(bodies[n], "table-1", sequence, epoch))
+
+    def stored(n: int, sequence: int, epoch: int = 1) -> None:
+        answer = send(n, sequence, epoch)
+        rig.accepted(answer, 1)
+        assert (answer.json["batch"], answer.json["duplicate"]) == (f"table-1:{epoch}:{sequence}", False)
+        rig.sent.append(Batch([bodies[n]]))
+
+    def duplicate(n: int, sequence: int, epoch: int = 1) -> None:
+        answer = send(n, sequence, epoch)
+        rig.accepted(answer, 1)
+        assert (answer.json["batch"], answer.json["duplicate"]) == (f"table-1:{epoch}:{sequence}", True)
+
+    stored(0, 1)
+    with rig.nothing_stored():
+        duplicate(0, 1)
+        refused(send(1, 1), 422, "number_reused", last_epoch=1, last_sequence=1)
+    for n in range(1, 7):
+        stored(n, 2 * n)
+    with rig.nothing_stored():
+        duplicate(6, 12)
+        duplicate(2, 4)
+        refused(send(0, 1), 422, "number_too_old", last_sequence=12)
+        refused(send(7, 5), 422, "number_too_old")
+    stored(7, 1, epoch=2)
+    with rig.nothing_stored():
+        duplicate(6, 12)
+        refused(send(8, 13), 409, "producer_fenced", last_epoch=2)
+    stored(8, 2, epoch=2)
+    known = rig.get("/v1/producers/table-1").json
+    assert (known["epoch"], known["sequence"], len(known["kept"])) == (2, 2, 5)
+    assert known["kept"][-1]["sha256"] == hashlib.sha256(bodies[8]).hexdigest()
+
+
+def test_a_batch_with_rejections_is_a_duplicate_with_the_same_rejections(rig: Rig) -> None:
+    good = events(2, "again")
+    body = b"\n".join([good[0], b"{}", good[1], b"x"])
+    first = rig.post(body, numbered(body, "again-1", 1))
+    rig.accepted(first, 2, 2)
+    rig.sent.append(Batch(good))
+    with rig.nothing_stored():
+        second = rig.post(body, numbered(body, "again-1", 1))
+    assert second.json == {**first.json, "duplicate": True}
+
+
+def test_two_copies_at_the_same_moment_are_one(rig: Rig) -> None:
+    lines = events(50, "copies")
+    body = b"\n".join(lines)
+    start = threading.Barrier(16)
+
+    def send(_: int) -> Answer:
+        start.wait()
+        return rig.post(body, numbered(body, "copies-1", 1))
+
+    with ThreadPoolExecutor(16) as senders:
+        answers = list(senders.map(send, range(16)))
+    for answer in answers:
+        rig.accepted(answer, 50)
+    assert sorted(answer.json["duplicate"] for answer in answers) == [False] + [True] * 15
+    rig.sent.append(Batch(lines))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "p",
+        "p;epoch=1;sequence=1",
+        "p;epoch=1;sequence=0;sha256={sha}",
+        "p;epoch=-1;sequence=1;sha256={sha}",
+        "p;epoch=4294967296;sequence=1;sha256={sha}",
+        "p;epoch=1;sequence=99999999999999999999;sha256={sha}",
+        "p;epoch=1;sequence=1;sequence=2;sha256={sha}",
+        "p;epoch=1;sequence=1;sha256={sha};x=1",
+        "p;epoch=1;sequence=1;sha256=00",
+        ";epoch=1;sequence=1;sha256={sha}",
+        "é;epoch=1;sequence=1;sha256={sha}",
+        "p/q;epoch=1;sequence=1;sha256={sha}",
+        "x" * 65 + ";epoch=1;sequence=1;sha256={sha}",
+    ],
+)
+def test_a_number_that_is_none(rig: Rig, header: str) -> None:
+    (body,) = events(1, "none")
+    given = header.replace("{sha}", hashlib.sha256(body).hexdigest())
+    with rig.nothing_stored():
+        refused(rig.post(body, {**NDJSON, "Penstock-Producer": given}), 400, "bad_header")
+
+
+def test_another_body_than_announced(rig: Rig) -> None:
+    (body,) = events(1, "mismatch")
+    with rig.nothing_stored():
+        answer = rig.post(body, numbered(body, "mismatch-1", 1, sha256="0" * 64))
+        refused(answer, 400, "body_mismatch", retryable=True)
+    rig.accept([body], numbered(body, "mismatch-1", 1))
+
+
+# Routes
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", "/", 404, ""),
+        ("GET", "/v1", 404, ""),
+        ("POST", "/v1/events/", 404, ""),
+        ("GET", "/v1/partitions/4", 404, ""),
+        ("GET", "/v1/partitions/-1", 404, ""),
+        ("GET", "/v1/partitions/x/events", 404, ""),
+        ("GET", "/v1/producers/nobody", 404, ""),
+        ("POST", "/v1/cut", 404, ""),
+        ("GET", "/v1/events", 405, "POST"),
+        ("DELETE", "/v1/events", 405, "POST"),
+        ("GET", "/v1/devices/d/events", 405, "POST"),
+        ("POST", "/v1/partitions", 405, "GET, HEAD"),
+        ("DELETE", "/v1/partitions/0", 405, "GET, HEAD"),
+        ("POST", "/health/live", 405, "GET, HEAD"),
+    ],
+)
+def test_404_and_405(rig: Rig, method: str, path: str, status: int, allow: str) -> None:
+    with rig.nothing_stored():
+        answer = rig.post(b"{}", path=path, method=method) if method == "POST" else rig.get(path, method=method)
+    refused(answer, status, {404: "not_found", 405: "method_not_allowed"}[status])
+    if allow:
+        assert answer.headers["allow"] == allow
+
+
+def test_partitions_and_their_events(rig: Rig) -> None:
+    lines = events(30, "read")
+    before = rig.system.ends()
+    rig.accept(lines)
+    every = rig.get("/v1/partitions")
+    assert (every.status, every.headers["content-type"]) == (200, "application/json")
+    assert re.fullmatch("[0-9a-f]{32}", every.json["hub"])
+    assert (every.json["period_s"], len(every.json["partitions"])) == (10, PARTITIONS)
+    found = []
+    for partition, one in enumerate(every.json["partitions"]):
+        assert rig.get(f"/v1/partitions/{partition}").json == one
+        assert (one["partition"], one["first"]) == (partition, 0)
+        at = before[partition]
+        while at < one["next"]:
+            answer = rig.get(f"/v1/partitions/{partition}/events?from={at}&limit=3")
+            assert answer.headers["content-type"] == "application/x-ndjson"
+            got = answer.body.splitlines()
+            assert len(got) == min(3, one["next"] - at)
+            found += [(json.loads(line)["n"], unstamp(line)[0]) for line in got]
+            assert answer.headers["penstock-next-offset"] == str(at + len(got))
+            assert answer.headers["penstock-end-offset"] == str(one["next"])
+            at += len(got)
+        answer = rig.get(f"/v1/partitions/{partition}/events?from=end")
+        assert (answer.status, answer.body, answer.headers["penstock-next-offset"]) == (200, b"", str(one["next"]))
+        refused(rig.get(f"/v1/partitions/{partition}/events?from={one['next'] + 1}"), 400, "offset_beyond_end")
+        frames = rig.get(f"/v1/partitions/{partition}/events?from=start", {"Accept": "application/vnd.penstock.frames"})
+        assert frames.headers["content-type"] == "application/vnd.penstock.frames"
+        assert frames.body[:2] == b"PF"
+    assert [event for _, event in sorted(found)] == lines
+    for bad in ("from=-1", "from=x", "limit=0", "limit=10001", "limit=x"):
+        refused(rig.get(f"/v1/partitions/0/events?{bad}"), 400, "bad_parameter")
+    assert rig.get("/v1/partitions", method="HEAD").body == b""
+
+
+def test_status_and_health_on_both_sides(rig: Rig) -> None:
+    system = rig.system
+    for url in (system.url, system.admin):
+        for path in ("/health/live", "/health/ready"):
+            answer = request(url, "GET", path)
+            assert (answer.status, answer.json) == (200, {"ok": True})
+        status = request(url, "GET", "/v1/status").json
+        assert (status["ok"], status["problems"]) == (True, [])
+        assert {part["name"] for part in status["parts"]} == {"api-0", "api-1", "archiver"}
+        assert [one["next"] for one in status["partitions"]] == system.ends()
+        assert status["storage"]["state"] == "ok"
+        assert status["counters"].keys() >= {"duplicates", "dedup_window_passed", "lost_batches"}
+    with rig.nothing_stored():
+        for method, path in (("POST", "/v1/events"), ("GET", "/v1/partitions"), ("POST", "/v1/devices/d/events")):
+            refused(request(system.admin, method, path, b'{"deviceId":"d"}'), 404, "not_found")
+        cut = request(system.admin, "POST", "/v1/cut")
+        assert (cut.status, cut.json) == (200, {"next": [str(end) for end in system.ends()]})
+        refused(request(system.admin, "GET", "/v1/cut"), 405, "method_not_allowed")
+
+
+# Busy, and ending
+
+
+def test_more_than_the_queue_holds_is_answered_503(make_system: Callable[..., System]) -> None:
+    options = ("--queue-batches-max", "1")
+    system = make_system(partitions=PARTITIONS, workers=1, options=options).start()
+    lines = [b'{"deviceId":"busy-%d"}' % n for n in range(400)]
+
+    def send(line: bytes) -> tuple[bytes, Answer]:
+        return line, request(system.url, "POST", "/v1/events", line, NDJSON)
+
+    with ThreadPoolExecutor(32) as senders:
+        answers = list(senders.map(send, lines))
+    taken = [line for line, answer in answers if answer.status == 200]
+    for _, answer in answers:
+        if answer.status != 200:
+            refused(answer, 503, "hub_busy", retryable=True)
+    assert 0 < len(taken) < len(lines)
+    system.settle()
+    assert problems(system.store, PARTITIONS, [[Batch(taken)]]) == []
+
+
+def test_sigterm_answers_everything_that_it_accepted(make_system: Callable[..., System]) -> None:
+    """Clients post on kept-alive connections while SIGTERM comes: an answer for each request that was taken, and each 200 is stored."""
+    system = make_system(partitions=PARTITIONS).start()
+    stored: list[list[Batch]] = []
+    half = Connection(system.url)
+    (late,) = events(1, "late")
+    half.send(head("POST", "/v1/events", {"Content-Length": str(len(late))}) + late[:10])
+    going = threading.Event()
+    cut_off: list[str] = []
+
+    def client(number: int) -> None:
+        mine: list[Batch] = []
+        stored.append(mine)
+        with Connection(system.url) as connection:
+            for n in range(100_000):
+                line = b'{"deviceId":"drain-%d","n":%d}' % (number, n)
+                try:
+                    connection.send(head("POST", "/v1/events", {"Content-Length": str(len(line))}) + line)
+                    answer = connection.answer()
+                except (BrokenPipeError, ConnectionResetError):
+                    answer = None
+                if answer is None:
+                    # The server closed an idle connection while this was on its way: not confirmed, perhaps not even read.
+                    cut_off.append(f"{number} {n}")
+                    mine.append(Batch([line], confirmed=False))
+                    return
+                if answer.status == 503:
+                    refused(answer, 503, "draining", retryable=True)
+                    return
+                assert answer.status == 200, answer
+                mine.append(Batch([line]))
+                if n == 20:
+                    going.set()
+                if answer.headers.get("connection") == "close":
+                    return
+
+    with ThreadPoolExecutor(16) as clients:
+        running = [clients.submit(client, number) for number in range(16)]
+        assert going.wait(20)
+        system.up.signal(signal.SIGTERM)
+        wait_for("nobody is accepted any more", lambda: not _accepts(system.url))
+        half.send(late[10:])
+        answer = half.answer()
+        for one in running:
+            one.result(timeout=30)
+    assert system.up.wait() == 0
+    assert cut_off == [], "every request that was sent on an open connection has an answer"
+    assert answer is not None
+    if answer.status == 200:
+        stored.append([Batch([late])])
+    else:
+        refused(answer, 503, "draining", retryable=True)
+    half.close()
+    system.start()
+    system.settle()
+    assert problems(system.store, PARTITIONS, stored) == []
+
+
+def _accepts(url: str) -> bool:
+    try:
+        Connection(url).close()
+    except OSError:
+        return False
+    return True
