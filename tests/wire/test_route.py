@@ -203,7 +203,7 @@ def test_fast_slow_and_oracle_agree(
 
 
 LIMITS = {"events_max": 10_000, "event_bytes_max": 262_144, "frame_bytes_max": 262_144}
-SPANNING = b'{"deviceId":"a","x":{"y":1}\n}\n{"deviceId":"b"}{"deviceId":"c"}\n'
+SPANNING = b'{"deviceId":"a","x":{"y":1}\n }\n{"deviceId":"b"}{"deviceId":"c"}\n'
 
 
 class Anything:
@@ -215,17 +215,36 @@ class Anything:
     def __ne__(self, other: object) -> bool:
         return False
 
+    def __radd__(self, other: object) -> Anything:
+        return self
+
+    def __gt__(self, other: object) -> bool:
+        return False
+
     __hash__ = None  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("device", [None, "d"])
-def test_without_the_check_of_first_bytes_the_oracle_fails(monkeypatch: pytest.MonkeyPatch, device: str | None) -> None:
-    body = SPANNING if device is None else SPANNING.replace(b"deviceId", b"other")
-    given: dict[str, Any] = {"field": "deviceId", "device": device, "properties": b"", "limits": LIMITS}
-    check(Router(3), body, **given)
+def test_without_the_check_of_first_bytes_the_oracle_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"field": "deviceId", "device": None, "properties": b"", "limits": LIMITS}
+    check(Router(3), SPANNING, **given)
     monkeypatch.setattr(route, "_OPENS", Anything())
     with pytest.raises(AssertionError):
-        check(Router(3), body, **given)
+        check(Router(3), SPANNING, **given)
+
+
+@pytest.mark.parametrize("device", [None, "d"])
+@pytest.mark.parametrize("end", [b" ", b"\r", b"\n"])
+def test_without_the_check_of_sizes_the_oracle_fails(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, end: bytes
+) -> None:
+    body = b'{"x":1}\n{"x":2}%b\n' % end
+    body = body if device else body.replace(b"{", b'{"deviceId":"d",')
+    given: dict[str, Any] = {"field": "deviceId", "device": device, "properties": b"", "limits": LIMITS}
+    assert not check(Router(3), body, **given)
+    monkeypatch.setattr(route, "sum", lambda _: Anything(), raising=False)
+    if end != b"\n":  # an empty line is found by other checks too
+        with pytest.raises(AssertionError):
+            check(Router(3), body, **given)
 
 
 def test_without_the_check_of_escapes_the_oracle_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,11 +344,21 @@ BOMBS = {
     "spaces": 'b" " * (16 << 20)',
     "lines of spaces": 'b"  \\n" * (5 << 20)',
     "braces": 'b"{}\\n" * (5 << 20)',
+    "braces in one line": 'b"{}" * (8 << 20)',
+    "objects in few lines": """(b'{"x":1}' * 400 + b"\\n") * 6000""",
+}
+CODES = {
+    "line feeds": "empty_batch",
+    "spaces": "empty_batch",
+    "lines of spaces": "empty_batch",
+    "braces in one line": "event_too_large",
+    "objects in few lines": "not_json",
 }
 
 
+@pytest.mark.parametrize("device", [None, "d"])
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bodies_of_many_lines_take_no_memory(bomb: str) -> None:
+def test_bodies_of_many_lines_take_no_memory(bomb: str, device: str | None) -> None:
     script = f"""
 import resource
 from penstock.errors import PenstockError
@@ -337,11 +366,12 @@ from penstock.wire.route import Router, Stamp
 body = {BOMBS[bomb]}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    Router(4).route(body, Stamp("T"))
+    code = Router(4).route(body, Stamp("T", device="d"), device={device!r}).rejected[0].code
 except PenstockError as error:
-    print(error.code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+    code = error.code
+print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     code, grown_mib = done.stdout.split()
-    assert code == ("empty_batch" if bomb in ("line feeds", "spaces", "lines of spaces") else "batch_too_large")
+    assert code == CODES.get(bomb, "batch_too_large")
     assert int(grown_mib) < 40

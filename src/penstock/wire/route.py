@@ -14,6 +14,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from io import BytesIO
+from itertools import islice
 from operator import itemgetter
 from typing import Any
 from zlib import crc32 as device_crc32
@@ -32,8 +34,9 @@ _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _SUSPICIOUS = re.compile(rb"\\u00[2-7]")
 _LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*+", re.MULTILINE)
-_FIRST, _LAST = itemgetter(0), itemgetter(-1)
-_OPENS, _CLOSES = {ord("{")}, {ord("}")}
+_FIRST = itemgetter(0)
+_OPENS = {ord("{")}
+_CLOSING = b"}\n"
 _RAW = msgspec.json.Decoder(msgspec.Raw)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -124,51 +127,65 @@ class Router:
             return self._slow(body, stamp, field, device)
 
     def _fast(self, body: bytes, stamp: Stamp, field: str, device: str | None) -> Routed:
-        if body.count(b"\n") > self.events_max:
-            raise _NotSure  # before memory is taken for each line
-        lines = body.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        count = len(lines)
-        # Where there is no backslash at all, no key is escaped. (Half a surrogate pair is no JSON for the decoder.)
-        if not 0 < count <= self.events_max or (b"\\" in body and _SUSPICIOUS.search(body)):
-            raise _NotSure
+        if not body.endswith(b"\n"):
+            body += b"\n"
         occurrences = body.count(b'"%b"' % field.encode())
-        if occurrences != count and (device is None or occurrences):
+        # Where there is no backslash at all, no key is escaped. (Half a surrogate pair is no JSON for the decoder.)
+        if occurrences > self.events_max or (b"\\" in body and _SUSPICIOUS.search(body)):
             raise _NotSure
-        if len(body) > self._event_bytes_max and max(map(len, lines)) > self._event_bytes_max:
-            raise _NotSure
+        closing = stamp.closing
         try:
-            if set(map(_LAST, lines)) != _CLOSES or set(map(_FIRST, lines)) != _OPENS:
-                raise _NotSure
             body.isascii() or body.decode()
-            if not occurrences:
-                return self._fast_path_device(body, lines, stamp, device)
-            events = _decoder(field, bool(stamp.properties)).decode_lines(body)
-        except (IndexError, UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+            if occurrences:
+                groups = self._fast_by_device(body, occurrences, _decoder(field, bool(stamp.properties)), device)
+            else:
+                groups = self._fast_path_device(body, _decoder("", bool(stamp.properties)), device)
+                closing = b"," + stamp.device + stamp.bare
+        except (IndexError, ValueError, msgspec.DecodeError, RecursionError):
             raise _NotSure from None
+        cut: list[Group] = []
+        count = size = 0
+        for partition, pieces in groups.items():
+            made = self._groups(partition, pieces, closing)
+            made_bytes = sum([len(group.content) for group in made])
+            if made_bytes > self._event_bytes_max and max(map(len, pieces)) >= self._event_bytes_max:
+                raise _NotSure
+            count += len(pieces)
+            size += made_bytes
+            cut.extend(made)
+        # A line that does not end in `_CLOSING` lost nothing when it got ours, so the whole is longer than it should be.
+        if size != len(body) + count * (len(closing) - len(_CLOSING)):
+            raise _NotSure
+        return Routed(tuple(cut), count)
+
+    def _fast_by_device(
+        self, body: bytes, count: int, decoder: msgspec.json.Decoder[Any], device: str | None
+    ) -> dict[int, list[bytes]]:
+        """The lines without their closing, by partition."""
+        events = decoder.decode_lines(body)
         if len(events) != count or (device is not None and {event.device for event in events} != {device}):
             raise _NotSure
         partition_of = self._partition_of
-        if count == 1:
-            return Routed(self._groups(partition_of[events[0].device], (lines[0][:-1],), stamp.closing), 1)
         groups: defaultdict[int, list[bytes]] = defaultdict(list)
-        for event, line in zip(events, lines, strict=True):
-            groups[partition_of[event.device]].append(line[:-1])
-        cut: list[Group] = []
-        for partition, group in groups.items():
-            cut.extend(self._groups(partition, group, stamp.closing))
-        return Routed(tuple(cut), count)
+        # No list of lines: each takes the place in memory, and so in the processor's cache, of the one before.
+        for event, line in zip(events, BytesIO(body), strict=True):
+            groups[partition_of[event.device]].append(line.removesuffix(_CLOSING))
+        for pieces in groups.values():
+            if set(map(_FIRST, pieces)) != _OPENS:
+                raise _NotSure
+        return groups
 
-    def _fast_path_device(self, body: bytes, lines: list[bytes], stamp: Stamp, device: str | None) -> Routed:
-        """No event names its device: all are stamped with that of the path."""
-        pieces = [line[:-1] for line in lines]
-        if device is None or any(piece.rstrip()[-1:] == b"{" for piece in pieces):
+    def _fast_path_device(
+        self, body: bytes, decoder: msgspec.json.Decoder[Any], device: str | None
+    ) -> dict[int, list[bytes]]:
+        """No event names its device: all are of the path's. There may be more of them than there is memory for, in lines or in one line."""
+        lines = list(islice(BytesIO(body), self.events_max + 1))
+        pieces = [line.removesuffix(_CLOSING) for line in lines]
+        if device is None or len(lines) > self.events_max or any(piece.rstrip()[-1:] == b"{" for piece in pieces):
             raise _NotSure
-        if len(_decoder("", bool(stamp.properties)).decode_lines(body)) != len(lines):
-            raise _NotSure
-        groups = self._groups(self._partition_of[device], pieces, b"," + stamp.device + stamp.bare)
-        return Routed(groups, len(lines))
+        for line in lines:
+            decoder.decode(line)
+        return {self._partition_of[device]: pieces}
 
     def _groups(self, partition: int, pieces: Sequence[bytes], closing: bytes) -> tuple[Group, ...]:
         """The pieces (lines without their closing) of a partition as groups that fit a frame."""
