@@ -28,7 +28,7 @@ from penstock.hub import Hub
 from penstock.processor import CloseReason, Processor, ProcessorFactory
 from penstock.processor.lease import Holding
 
-POLL_S = 0.1
+POLL_S = 0.25
 READ_BYTES_MAX = 1 << 20
 TRIES = 5
 BACKOFF_S_MAX = 30.0

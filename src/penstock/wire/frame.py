@@ -26,7 +26,9 @@ _MAGIC = b"PF"
 _HEAD = struct.Struct("<2sBBI")
 _REST = struct.Struct("<HHQqIIIII")
 _CRC = struct.Struct("<I")
+_NAMED = struct.Struct("<IB")
 _ORIGIN = struct.Struct("<IQB")
+_LENGTH = struct.Struct("<H")
 _KINDS = tuple(FrameKind)
 _TRAILER = struct.Struct("<II")
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]]', re.DOTALL)
@@ -156,24 +158,30 @@ def _damaged(where: str, what: str) -> FrameDamaged:
 
 
 def _sources(rest: bytes, number: int) -> Iterator[Source]:
+    """Raises struct.error, IndexError or UnicodeDecodeError where they do not fit."""
     at = _REST.size
     for _ in range(number):
-        (count,) = _CRC.unpack_from(rest, at)
-        producer, at = _text(rest, at + _CRC.size, 1)
-        epoch, sequence, _ = _ORIGIN.unpack_from(rest, at)
-        sha256, at = _text(rest, at + _ORIGIN.size - 1, 1)
-        properties, at = _text(rest, at, 2)
-        field, at = _text(rest, at, 1)
-        yield Source(producer.decode(), epoch, sequence, count, sha256, properties, field.decode() or DEVICE_FIELD)
-
-
-def _text(rest: bytes, at: int, length_bytes: int) -> tuple[bytes, int]:
-    """A string behind its length, and where it ends."""
-    begin = at + length_bytes
-    end = begin + int.from_bytes(rest[at:begin], "little")
-    if end > len(rest):
-        raise IndexError
-    return rest[begin:end], end
+        count, length = _NAMED.unpack_from(rest, at)
+        begin = at + _NAMED.size
+        end = begin + length
+        epoch, sequence, length = _ORIGIN.unpack_from(rest, end)
+        sha_begin = end + _ORIGIN.size
+        sha_end = sha_begin + length
+        properties_begin = sha_end + _LENGTH.size
+        properties_end = properties_begin + _LENGTH.unpack_from(rest, sha_end)[0]
+        field_begin = properties_end + 1
+        at = field_begin + rest[properties_end]
+        if at > len(rest):
+            raise IndexError
+        yield Source(
+            rest[begin:end].decode(),
+            epoch,
+            sequence,
+            count,
+            rest[sha_begin:sha_end],
+            rest[properties_begin:properties_end],
+            rest[field_begin:at].decode() or DEVICE_FIELD,
+        )
 
 
 def content(frame: Frame) -> bytes:
