@@ -47,7 +47,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--floor-seconds", type=float, default=2.0, help="length of each measurement of the codec floor (2)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="API workers (cores)")
     add("--partitions", type=int, default=16)
-    add("--period", default="10s", help="length of an hour file (10s)")
+    add("--period", default="1h", help="length of an hour file (1h)")
     add("--connections", type=int, default=16, help="of the load of batches (16)")
     add("--single-connections", type=int, default=64, help="of the loads of single events (64)")
     add("--events-per-batch", type=int, default=1000)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
 from itertools import islice
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 from zlib import crc32 as device_crc32
 
@@ -28,13 +28,14 @@ from penstock.wire.frame import FRAME_BYTES_MAX, fields_of
 
 RESERVED = "receivedAt"
 PROPERTIES = "properties"
-DEVICES_CACHED_MAX = 1 << 17
+DEVICES_CACHED_MAX = 1 << 13
 
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
+_DEVICES = re.compile(rb"%b(?:\n%b)*+" % ((_DEVICE.pattern.encode(),) * 2))
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _SUSPICIOUS = re.compile(rb"\\u00[2-7]")
 _LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*+", re.MULTILINE)
-_FIRST = itemgetter(0)
+_FIRST, _DEVICE_OF = itemgetter(0), attrgetter("device")
 _OPENS = {ord("{")}
 _CLOSING = b"}\n"
 _RAW = msgspec.json.Decoder(msgspec.Raw)
@@ -85,7 +86,11 @@ def is_field(name: str) -> bool:
 
 
 class _Partitions(dict[str, int]):
-    """device → partition, for devices seen lately; it forgets all when it is full."""
+    """device → partition, remembered for the devices seen first.
+
+    Of more devices than these it is computed each time: that costs less than a lookup in memory that no cache of the processor
+    holds, and the same for any number of devices.
+    """
 
     def __init__(self, partitions: int) -> None:
         super().__init__()
@@ -94,10 +99,19 @@ class _Partitions(dict[str, int]):
     def __missing__(self, device: str) -> int:
         if _DEVICE.fullmatch(device) is None:
             raise _NotSure
-        if len(self) >= DEVICES_CACHED_MAX:
-            self.clear()
-        partition = self[device] = device_crc32(device.encode()) % self.partitions
+        partition = device_crc32(device.encode()) % self.partitions
+        if len(self) < DEVICES_CACHED_MAX:
+            self[device] = partition
         return partition
+
+    def of_all(self, devices: Iterable[str]) -> Iterable[int]:
+        """The partitions of these devices; one too many for each line feed in a device."""
+        if len(self) < DEVICES_CACHED_MAX:
+            return map(self.__getitem__, devices)
+        names = "\n".join(devices).encode()
+        if _DEVICES.fullmatch(names) is None:
+            raise _NotSure
+        return [crc % self.partitions for crc in map(device_crc32, names.split(b"\n"))]
 
 
 class Router:
@@ -165,11 +179,11 @@ class Router:
         events = decoder.decode_lines(body)
         if len(events) != count or (device is not None and {event.device for event in events} != {device}):
             raise _NotSure
-        partition_of = self._partition_of
         groups: defaultdict[int, list[bytes]] = defaultdict(list)
+        partitions = self._partition_of.of_all(map(_DEVICE_OF, events))
         # No list of lines: each takes the place in memory, and so in the processor's cache, of the one before.
-        for event, line in zip(events, BytesIO(body), strict=True):
-            groups[partition_of[event.device]].append(line.removesuffix(_CLOSING))
+        for partition, line in zip(partitions, BytesIO(body), strict=True):
+            groups[partition].append(line.removesuffix(_CLOSING))
         for pieces in groups.values():
             if set(map(_FIRST, pieces)) != _OPENS:
                 raise _NotSure
