@@ -116,9 +116,9 @@ class Bench:
         return Growth(not any(one.problems for one in ranges), machine(), options, ranges, targets)
 
     def soak(self, seconds: float) -> Soak:
-        """The log is kept short, so that the run needs disk for its archive only, and trimming is part of it."""
+        """Short periods and a short log, so that closing files and trimming are part of it, and it needs disk for its archive only."""
         path, _ = self.bodies(self.options.devices)
-        with self._system(self.options.partitions, ("--retention", "1m")) as system:
+        with self._system(self.options.partitions, ("--period", "10s", "--retention", "1m")) as system:
             names = system.parts()
             self.say(f"{seconds:g} s of load")
             plan = plan_of(self._work(path), system, warm_up_s=self.options.warm_up_s, seconds=seconds, producer="soak")

@@ -280,7 +280,7 @@ class FrameDamaged(HubError):
 
 
 class HubBroken(HubError):
-    """A write or sync failed: every process on this environment must be started again."""
+    """A write or sync failed, or the hub grew beyond what this process knows: its processes must be started again."""
 
     code = "hub_broken"
     title = "The hub's storage failed"

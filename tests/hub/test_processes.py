@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from penstock.clock import SystemClock
+from penstock.errors import HubBroken
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.wire.frame import content
 
 PARTITIONS = 4
 BYTES_MAX = 256 << 20
+SMALL_BYTES_MAX = 4 << 20
 
 # The batch of a number is a function of the number, so it can be sent again by another process. `mode`: `die:N` is killed between the
 # commit of N and its answer; `unjudged` does not look at the producers' table.
@@ -288,3 +290,13 @@ def test_a_disk_that_fails(folder: Path, call: str, when: int) -> None:
     said = run(WRITER, folder, "w", acknowledged + 1, 3, 3, 400)
     assert [line.split()[1] for line in said][1:] == ["stored"] * 2
     assert said[0].split()[1] == ("duplicate" if acknowledged + 1 in there else "stored")
+
+
+def test_a_hub_that_grew_beyond_the_limit_of_an_older_process_is_opened_anew(tmp_path: Path) -> None:
+    make(tmp_path, SMALL_BYTES_MAX)
+    with EmbeddedHub(tmp_path, bytes_max=0, clock=SystemClock(), read_only=True) as older:
+        assert run(WRITER, tmp_path, "p", 1, 5, 100, 20_000)[-1] == "5 stored"
+        with pytest.raises(HubBroken, match="start it again"):
+            older.read(0, "0", bytes_max=1)
+    with EmbeddedHub(tmp_path, bytes_max=0, clock=SystemClock(), read_only=True) as newer:
+        assert newer.read(0, "0", bytes_max=1).frames

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from penstock.clock import SystemClock
 from penstock.errors import ArchiveError, LostRace
 from penstock.events import Slice
 from penstock.processor import CloseReason
@@ -18,18 +17,9 @@ from penstock.processor.host import EventProcessorHost
 from penstock.processor.lease import Holding, Lease, read_leases
 from penstock.testing import FakeClock, Fault, FaultyBlobs, MemoryBlobs, MemoryHub, MemoryLog
 from penstock.wire.frame import events as events_of
+from tests.processor.conftest import until
 
 LEASE_S = 30.0
-
-
-def until(condition: Callable[[], object], what: str = "condition", each: Callable[[], object] | None = None) -> None:
-    clock, never = SystemClock(), threading.Event()
-    deadline = clock.monotonic() + 10
-    while not condition():
-        assert clock.monotonic() < deadline, f"never: {what}"
-        if each is not None:
-            each()
-        clock.wait(never, 0.001)
 
 
 class Member:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from penstock.clock import SystemClock
 from penstock.errors import ArchiveError, FrameDamaged, HubBroken, OffsetTrimmed, PenstockError, StoreUnavailable
 from penstock.events import FrameKind, Slice
 from penstock.processor import CloseReason
@@ -13,18 +12,9 @@ from penstock.processor.lease import Writer, claim, decode_lease, lease_name, ta
 from penstock.processor.pump import TRIES, Pump
 from penstock.testing import FakeClock, Fault, FaultyBlobs, MemoryBlobs, MemoryHub, MemoryLog
 from penstock.wire.frame import events as events_of
+from tests.processor.conftest import until
 
 LEASE_S = 30.0
-
-
-def until(condition: Callable[[], object], what: str = "condition", each: Callable[[], object] | None = None) -> None:
-    clock, never = SystemClock(), threading.Event()
-    deadline = clock.monotonic() + 10
-    while not condition():
-        assert clock.monotonic() < deadline, f"never: {what}"
-        if each is not None:
-            each()
-        clock.wait(never, 0.001)
 
 
 class Recorder:

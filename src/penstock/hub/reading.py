@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lmdb
 
-from penstock.errors import FrameDamaged, HubError, OffsetTrimmed
+from penstock.errors import FrameDamaged, HubBroken, HubError, OffsetTrimmed
 from penstock.events import Frame
 from penstock.hub.layout import EVENTS, KEY, MARKER
 from penstock.wire import frame
@@ -28,6 +28,10 @@ def reading(env: lmdb.Environment) -> Iterator[lmdb.Transaction]:
     try:
         with env.begin() as txn:
             yield txn
+    except lmdb.MapResizedError as error:
+        raise HubBroken(
+            "The hub has grown beyond the limit that this process opened it with: start it again."
+        ) from error
     except lmdb.Error as error:
         raise HubError(f"The hub cannot be read: {error}.") from error
 
