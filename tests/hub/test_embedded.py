@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import pytest
 from penstock.errors import FrameDamaged, HubError, HubUnavailable, NotFound, SettingsError, StorageFull
 from penstock.events import Appended, Batch, Frame, Group
 from penstock.hub import commit as commit_module
+from penstock.hub import embedded
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.hub.layout import EVENTS, KEY
 from penstock.testing import FakeClock
@@ -37,6 +40,10 @@ def batch(
     return Batch(
         producer, 1, sequence, accepted, groups, retry_safe, hashlib.sha256(repr(of).encode()).digest(), after=after
     )
+
+
+def batch_of(sequence: int, groups: tuple[Group, ...]) -> Batch:
+    return Batch("p", 1, sequence, sum(group.count for group in groups), groups)
 
 
 def incompressible(sequence: int, count: int, size: int = 1000) -> list[bytes]:
@@ -430,3 +437,26 @@ def test_dead_readers_do_not_keep_pages(reopen: Open, folder: Path) -> None:
         reader.kill()
     hub.maintain()
     assert hub.usage().reader_lag <= 1
+
+
+def resident_file_bytes() -> int:
+    return int(Path("/proc/self/statm").read_bytes().split()[2]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_what_is_resident_does_not_grow_with_what_is_read(
+    reopen: Open, monkeypatch: pytest.MonkeyPatch, bounded: bool
+) -> None:
+    monkeypatch.setattr(embedded, "RESIDENT_BYTES_MAX", (8 if bounded else 1024) << 20)
+    hub = reopen(bytes_max=256 << 20)
+    for sequence in range(1, 11):
+        noise = random.Random(sequence).randbytes(8 << 20).replace(b"\n", b" ")
+        groups = [Group(0, 1, noise[at : at + 200_000] + b"\n") for at in range(0, len(noise), 200_000)]
+        hub.append([batch_of(sequence, tuple(groups))])
+    before = most = resident_file_bytes()
+    offset, read = "0", 0
+    while read < 64 << 20:
+        found = hub.read(0, offset, bytes_max=1 << 20)
+        offset, read = found.next_offset, read + sum(len(frame.body) for frame in found.frames)
+        most = max(most, resident_file_bytes())
+    assert (most < before + (16 << 20)) == bounded

@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 FULL_AT = 0.9
 DELETES_AT_ONCE = 1000
 RESIDENT_BYTES_MAX = 32 << 20
-COMMIT_TOUCHES_BYTES = 64 << 10  # for each frame: the leaf it goes to, with the neighbours that the system maps at once
 DISK_ENDS_BYTES = 1 << 20
 
 
@@ -132,6 +131,7 @@ class EmbeddedHub:
 
     def close(self) -> None:
         """Free the map. No other call may be running."""
+        self._resident.close()
         self._env.close()
 
     @property
@@ -156,7 +156,7 @@ class EmbeddedHub:
             commit = Commit(txn, self._databases, self._meta, self._clock.now_ms())
             answers = commit.add(batches, ready, frame_bytes_max=self._frame_bytes_max)
             commit.finish()
-        self._resident.touched(COMMIT_TOUCHES_BYTES * len(ready))
+        self._resident.bound()
         return answers
 
     def _is_full(self, txn: lmdb.Transaction) -> bool:
@@ -178,7 +178,7 @@ class EmbeddedHub:
                 )
             found = list(records(txn.cursor(database), start, end, partition, bytes_max))
         frames = decode_all(found, partition, start)
-        self._resident.touched(sum(len(value) for _, value in found))
+        self._resident.bound()
         reached = max((read.next for read in frames), default=start)
         return Slice(partition, offset, frames, str(max(reached, start)), str(end))
 
@@ -230,6 +230,7 @@ class EmbeddedHub:
                     commit.finish()
                 if not deleted:
                     self._trim_accepted(txn, partition)
+            self._resident.bound()
             if deleted < DELETES_AT_ONCE:
                 return
 

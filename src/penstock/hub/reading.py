@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -124,22 +125,29 @@ class Resident:
     """Keeps what of a mapped file is in this process's memory small, so that it does not grow with the log.
 
     Pages that were touched stay mapped, each with its neighbours. Unmapping loses nothing: a later touch maps them again, from the
-    system's cache. Nothing happens where /proc is missing; resident memory is then higher, and no less correct.
+    system's cache. Nothing happens where /proc is missing; resident memory is then higher, and no less correct. Thread-safe.
     """
 
     def __init__(self, data_file: Path, *, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self._touched = 0
         self._ranges = list(_mapped(data_file.resolve()))
         self._madvise = ctypes.CDLL(None).madvise
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC) if self._ranges else -1
+        self._pages_max = self._pages() + bytes_max // os.sysconf("SC_PAGE_SIZE")
 
-    def touched(self, size: int) -> None:
-        """Note that about so many bytes were touched. Thread-safe: at worst one unmaps too often."""
-        self._touched += size
-        if self._touched >= self._bytes_max:
-            self._touched = 0
+    def bound(self) -> None:
+        """Call after each transaction. It measures, for how much a touch maps only the system knows."""
+        if self._pages() > self._pages_max:
             for start, length in self._ranges:
                 self._madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
+
+    def close(self) -> None:
+        if self._statm >= 0:
+            os.close(self._statm)
+            self._statm = -1
+
+    def _pages(self) -> int:
+        """Resident pages of files, of all that are mapped (proc_pid_statm(5): `shared`)."""
+        return int(os.pread(self._statm, 256, 0).split()[2]) if self._statm >= 0 else 0
 
 
 def _mapped(file: Path) -> Iterator[tuple[int, int]]:

@@ -1,11 +1,11 @@
 """From the lines of a batch to groups for partitions: the hot path of the intake.
 
 There are two ways, and they give the same result (a test compares them). The fast way does work for a whole batch at a time: one
-validating decode, one split, one pass to group, one join for each group, in which the server's stamp is the separator
+validating decode, one pass that cuts lines off and groups them, one join for each group, in which the server's stamp is the separator
 (`…}` LF becomes `…,"receivedAt":"…"}` LF). It is right only when every line begins with `{` and ends in `}` (for the decoder a
 line feed is white space; but inside an event `}` LF `{` is not JSON, so no event spans lines then), the device field stands
-exactly once in each line, and nothing hints at a reserved field or at an escaped key; whatever it cannot be
-sure of, it leaves to the slow way, which looks at one line after the other and knows why it rejects one.
+exactly once in each line, and nothing hints at a reserved field or at an escaped key. Whatever it cannot be sure of, it leaves to
+the slow way, which looks at one line after the other and knows why it rejects one.
 """
 
 from __future__ import annotations
