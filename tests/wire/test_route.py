@@ -222,12 +222,6 @@ class Anything:
     def __ne__(self, other: object) -> bool:
         return False
 
-    def __radd__(self, other: object) -> Anything:
-        return self
-
-    def __gt__(self, other: object) -> bool:
-        return False
-
     __hash__ = None  # type: ignore[assignment]
 
 
@@ -248,7 +242,7 @@ def test_without_the_check_of_sizes_the_oracle_fails(
     body = body if device else body.replace(b"{", b'{"deviceId":"d",')
     given: dict[str, Any] = {"field": "deviceId", "device": device, "properties": b"", "limits": LIMITS}
     assert not check(Router(3), body, **given)
-    monkeypatch.setattr(route, "sum", lambda _: Anything(), raising=False)
+    monkeypatch.setattr(route, "_adds_up", lambda *_: True)
     if end != b"\n":  # an empty line is found by other checks too
         with pytest.raises(AssertionError):
             check(Router(3), body, **given)

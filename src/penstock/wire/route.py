@@ -38,6 +38,7 @@ _LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*+", re.MULTILINE)
 _FIRST, _DEVICE_OF = itemgetter(0), attrgetter("device")
 _OPENS = {ord("{")}
 _CLOSING = b"}\n"
+_SEARCHED = 29_000
 _RAW = msgspec.json.Decoder(msgspec.Raw)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -143,7 +144,7 @@ class Router:
     def _fast(self, body: bytes, stamp: Stamp, field: str, device: str | None) -> Routed:
         if not body.endswith(b"\n"):
             body += b"\n"
-        occurrences = body.count(b'"%b"' % field.encode())
+        occurrences = _count(body, b'"%b"' % field.encode())
         # Where there is no backslash at all, no key is escaped. (Half a surrogate pair is no JSON for the decoder.)
         if occurrences > self.events_max or (b"\\" in body and _SUSPICIOUS.search(body)):
             raise _NotSure
@@ -167,8 +168,7 @@ class Router:
             count += len(pieces)
             size += made_bytes
             cut.extend(made)
-        # A line that does not end in `_CLOSING` lost nothing when it got ours, so the whole is longer than it should be.
-        if size != len(body) + count * (len(closing) - len(_CLOSING)):
+        if not _adds_up(size, body, count, closing):
             raise _NotSure
         return Routed(tuple(cut), count)
 
@@ -203,7 +203,7 @@ class Router:
 
     def _groups(self, partition: int, pieces: Sequence[bytes], closing: bytes) -> tuple[Group, ...]:
         """The pieces (lines without their closing) of a partition as groups that fit a frame."""
-        content = closing.join(pieces) + closing
+        content = closing.join((*pieces, b""))
         if len(content) <= self._frame_bytes_max or len(pieces) == 1:
             return (Group(partition, len(pieces), content),)
         cut: list[Group] = []
@@ -242,6 +242,16 @@ class Router:
         for partition, group in groups.items():
             cut.extend(self._groups(partition, group, stamp.closing))
         return Routed(tuple(cut), index + 1 - len(rejected), tuple(rejected))
+
+
+def _adds_up(size: int, body: bytes, count: int, closing: bytes) -> bool:
+    """Whether every line lost `_CLOSING` when it got ours: one that does not end in it lost nothing, so the whole is longer."""
+    return size == len(body) + count * (len(closing) - len(_CLOSING))
+
+
+def _count(body: bytes, needle: bytes) -> int:
+    """`body.count(needle)`, in parts: from 30,000 bytes on CPython takes a search that suits short needles less."""
+    return sum([body.count(needle, at, at + _SEARCHED + len(needle) - 1) for at in range(0, len(body), _SEARCHED)])
 
 
 @lru_cache(maxsize=64)
