@@ -110,7 +110,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("batch-events-max", _K.COUNT, "10000", "Events of a batch.", _API, "events", "1", "1000000"),
     Setting("event-bytes-max", _K.SIZE, "256KiB", "One event.", _API, "", "64", "256KiB"),
     Setting("frame-bytes-max", _K.SIZE, "256KiB", "NDJSON of a frame before zip.", _API, "", "4KiB", "256KiB"),
-    Setting("header-bytes-max", _K.SIZE, "16KiB", "A request's line and headers.", _API, "", "1KiB", "1MiB"),
+    Setting("header-bytes-max", _K.SIZE, "16KiB", "A request's headers; its target has 8 KiB of its own.", _API, "", "1KiB", "1MiB"),
     Setting("header-timeout", _K.DURATION, "30s", "From a request's first byte to the end of its headers.",
             _API, "", "10ms", "1h"),
     Setting("idle-timeout", _K.DURATION, "30s", "A connection without a request is closed.", _API, "", "10ms", "1h"),

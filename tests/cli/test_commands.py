@@ -40,6 +40,9 @@ def test_wrong_use_is_exit_2_and_touches_nothing(shell: Any) -> None:
         (("leases",), "There is no hub"),
         (("flush",), "Nothing runs"),
         (("send", "nope.ndjson"), "There is no file"),
+        (("send", "--device-field", "a b", "nope.ndjson"), "cannot name a field"),
+        (("status", "--url", "http://127.0.0.1:abc"), "is not an address"),
+        (("status", "--url", "http://[::1"), "is not an address"),
         (("dump", "nope"), "There is nothing"),
     ):
         done = shell.run(*arguments)

@@ -311,3 +311,10 @@ def test_a_device_is_always_in_one_lane() -> None:
     lanes = module._Lanes("deviceId", 4)
     assert lanes(b'{"deviceId":"d-1","x":{"deviceId":"d-2"}}') == zlib.crc32(b"d-1") % 4
     assert [lanes(line) for line in (b"{", b"[]", b'{"deviceId":3}', b'"\xff"', b"{}")] == [0] * 5
+
+
+def test_a_line_that_is_nested_too_deeply_is_for_the_api_to_judge() -> None:
+    api = MemoryApi()
+    deep = b'{"x":' + b"[" * 50_000 + b"]" * 50_000 + b',"deviceId":"d"}'
+    send(api, [deep, *events(2)], lanes=2)
+    assert deep in api.stored

@@ -187,6 +187,23 @@ def test_an_upgrade_is_ignored_and_the_body_kept(serve, pieces):
     assert client.answer().body == b"GET|/a|b=c|"
 
 
+UPGRADE = b"Connection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+
+
+def test_a_fault_behind_an_upgrade_is_told_as_it_is(serve):
+    assert problem(serve().ask(CHUNKED[:-2] + UPGRADE + b"zz\r\n"))["code"] == "bad_header"
+    assert (
+        problem(serve().ask(CHUNKED[:-2] + UPGRADE + b"%x\r\n" % (BODY_MAX + 1) + b"x" * (BODY_MAX + 1)))["code"]
+        == "body_too_large"
+    )
+    assert serve().ask(b"GET /a?b=c HTTP/1.0\r\n" + UPGRADE).body == b"GET|/a|b=c|"
+
+
+def test_an_upgrade_does_not_keep_a_connection_that_shall_be_closed(serve):
+    answer = serve().ask(b"GET /a?b=c HTTP/1.1\r\nHost: h\r\nConnection: close, upgrade\r\nUpgrade: h2c\r\n\r\n")
+    assert (answer.status, answer.headers[b"connection"]) == (200, b"close")
+
+
 def test_a_client_that_ends_its_side_gets_its_answers(serve):
     handler = Recorder()
     served = serve(handler)
@@ -324,6 +341,8 @@ TOO_MUCH = {
     "a header of 100 KB": (head_only(HOST, b"X: " + b"x" * 100_000), 431, "header_too_large", 16384),
     "half a header of 100 KB": (b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000, 431, "header_too_large", 16384),
     "5000 headers": (head_only(HOST, *(b"X%d: x" % n for n in range(5000))), 431, "header_too_large", 16384),
+    "half a trailer of 1 MB": (CHUNKED + b"1\r\nx\r\n0\r\nX: " + b"x" * 1_000_000, 431, "header_too_large", 16384),
+    "half a chunk's extension of 1 MB": (CHUNKED + b"1;x=" + b"x" * 1_000_000, 431, "header_too_large", 16384),
     "a trailer of 100 KB": (CHUNKED + b"0\r\nX: " + b"x" * 100_000 + b"\r\n\r\n", 431, "header_too_large", 16384),
     "a target of 100 KB": (head_only(HOST, line=b"GET /" + b"x" * 100_000 + b" HTTP/1.1"), 414, "uri_too_long", 8192),
     "a target of 8 KiB and one": (

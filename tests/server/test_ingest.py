@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvloop
+import zstandard
 
 from penstock.errors import HubBroken, HubUnavailable, StorageFull
 from penstock.events import Appended, Batch
@@ -22,6 +23,7 @@ from penstock.server import ingest as ingest_module
 from penstock.server.ingest import Ingest
 from penstock.server.message import Request, Response
 from penstock.testing import FakeClock, MemoryHub, MemoryLog
+from penstock.wire.body import unzip
 from penstock.wire.frame import content
 from penstock.wire.route import Router
 
@@ -430,7 +432,7 @@ def test_a_queue_that_is_full() -> None:
 
 
 def test_too_many_bytes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest_module, "WAITING_BYTES_MAX", 100)
+    monkeypatch.setattr(ingest_module, "WAITING_BYTES_MAX", 200)
     hub = HeldHub()
     hub.may_go_on.clear()
 
@@ -497,6 +499,58 @@ def test_large_bodies_are_prepared_elsewhere_with_the_same_result() -> None:
         assert (await small).status == 200
         refused(await wrong, 400, "no_valid_event")
         assert len(intake.hub.lines()) == 401  # type: ignore[union-attr]
+
+    run(act)
+
+
+ROW = b'{"deviceId":"d-1","x":"' + b"y" * 100 + b'"}\n'
+
+
+def test_bodies_that_are_large_unzipped_count_as_that_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_module, "WAITING_BYTES_MAX", 4 << 20)
+    body = gzip.compress(ROW * 9000 * 3)
+    assert len(body) < ingest_module.BIG_BODY_BYTES
+
+    async def act(intake: Intake) -> None:
+        hub = intake.hub
+        assert isinstance(hub, HeldHub)
+        hub.may_go_on.clear()
+        large = [intake.post(body, content_encoding=b"gzip") for _ in range(2)]
+        refused(await intake.post(), 503, "hub_busy")
+        hub.may_go_on.set()
+        for each in large:
+            refused(await each, 413, "batch_too_large")  # of more than 10,000 events
+        assert (await intake.post()).status == 200
+
+    run(act)
+
+
+def test_a_zstd_body_that_does_not_say_its_size_is_prepared_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def noted(body: bytes, *given: Any, **named: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return unzip(body, *given, **named)
+
+    monkeypatch.setattr(ingest_module, "unzip", noted)
+    known = zstandard.ZstdCompressor().compress(ROW)
+    unknown = zstandard.ZstdCompressor(write_content_size=False).compress(ROW)
+
+    async def act(intake: Intake) -> None:
+        for body in (known, unknown):
+            assert (await intake.post(body, content_encoding=b"zstd")).status == 200
+
+    run(act)
+    assert [name.startswith("big-body") for name in threads] == [False, True]
+
+
+def test_properties_that_make_a_small_batch_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = gzip.compress(b'{"deviceId":"a"}\n' * 10_000)
+
+    async def act(intake: Intake) -> None:
+        named = {"content_encoding": b"gzip", "penstock_property_a": b"x" * 5000}
+        refused(await intake.post(body, **named), 413, "batch_too_large")
+        assert (await intake.post(EVENT, penstock_property_a=b"x" * 5000)).status == 200
 
     run(act)
 

@@ -28,7 +28,7 @@ from penstock.errors import (
     UnsupportedType,
 )
 from penstock.wire import body as body_module
-from penstock.wire.body import ndjson, unzip
+from penstock.wire.body import ndjson, unzip, unzipped_bytes
 
 PLAIN = b'{"deviceId":"d-1","temperature":21.40}\n' * 20
 JSON, LINES = "application/json", "application/x-ndjson"
@@ -159,6 +159,34 @@ BOMBS = {
 }
 
 
+def test_an_array_with_a_string_that_has_no_end_is_refused_at_once() -> None:
+    """Looked for from each of its quotes, the end of the string would take days."""
+    script = r"""
+from penstock.errors import MalformedBody
+from penstock.wire.body import ndjson
+try:
+    ndjson(b'["' + b'\\"' * 7_000_000 + b"," * 530_000, "application/json")
+except MalformedBody:
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "refused\n"
+
+
+def test_the_size_that_a_body_says_of_itself() -> None:
+    unknown = zstandard.ZstdCompressor(write_content_size=False).compress(PLAIN)
+    for body, size in (
+        (PLAIN, len(PLAIN)),
+        (gzip.compress(bytes(5000)), 5000),
+        (gzip.compress(bytes(50_000)), 10_000),
+        (zstd(bytes(5000)), 5000),
+        (unknown, 10_000),
+        (zstd(bytes(5000))[:6], 6),
+        (b"", 0),
+    ):
+        assert unzipped_bytes(body, bytes_max=10_000) == size
+
+
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_take_no_memory(bomb: str) -> None:
     """The body is made by one process and unzipped by another, which must not grow by more than the limit and its copy."""
@@ -171,7 +199,7 @@ def test_bombs_take_no_memory(bomb: str) -> None:
     script = f"""
 import resource, sys, tracemalloc
 from penstock.errors import PenstockError
-from penstock.wire.body import ndjson, unzip
+from penstock.wire.body import ndjson, unzip, unzipped_bytes
 body = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

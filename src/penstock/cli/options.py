@@ -97,18 +97,21 @@ def console() -> Console:
 
 def fetch(url: str, *, method: str = "GET") -> bytes:
     """The body of a 200. Raises PenstockError with a sentence for anything else."""
+    import http.client
     import urllib.error
     import urllib.request
 
     if not url.startswith(("http://", "https://")):
         raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
-    request = urllib.request.Request(url, method=method, data=b"" if method == "POST" else None)
     try:
+        request = urllib.request.Request(url, method=method, data=b"" if method == "POST" else None)
         with urllib.request.urlopen(request, timeout=30) as answer:
             body: bytes = answer.read()
             return body
     except urllib.error.HTTPError as error:
         with error:
             raise PenstockError(f"{url} answers {error.code}: {error.read(500).decode(errors='replace')}") from error
-    except OSError as error:
+    except (ValueError, http.client.InvalidURL) as error:
+        raise SettingsError(f"{url} is not an address of the form http://HOST:PORT: {error}.") from error
+    except (OSError, http.client.HTTPException) as error:
         raise PenstockError(f"{url} gives no answer: {getattr(error, 'reason', error)}.") from error

@@ -37,7 +37,10 @@ def send(values: Values, files: Sequence[str]) -> None:
     from penstock.client.sender import Sender
     from penstock.client.transport import HttpTransport
     from penstock.clock import SystemClock
+    from penstock.wire.route import is_field
 
+    if not is_field(values.text("device-field")):
+        raise SettingsError(f"--device-field {values.text('device-field')!r} cannot name a field. Nothing was sent.")
     for file in files:
         if file != "-" and not Path(file).is_file():
             raise SettingsError(f"There is no file {file}. Nothing was sent.")

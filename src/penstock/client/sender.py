@@ -339,7 +339,7 @@ class _Lanes:
     def __call__(self, line: bytes) -> int:
         try:
             device: str = self._decode(line).device
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return 0
         return zlib.crc32(device.encode("utf-8", "surrogatepass")) % self._lanes
 
@@ -356,7 +356,7 @@ def _reply(answer: Answer) -> _Reply | None:
     """None for an answer that is not of this API."""
     try:
         return msgspec.json.decode(answer.body, type=_Reply)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 

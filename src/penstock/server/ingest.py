@@ -22,6 +22,7 @@ import msgspec
 from penstock.clock import Clock, timestamp
 from penstock.errors import (
     BadHeader,
+    BatchTooLarge,
     BodyMismatch,
     EmptyBatch,
     HubBroken,
@@ -35,7 +36,7 @@ from penstock.events import Appended, Batch
 from penstock.hub import Hub, Refused
 from penstock.server.message import Reply, Request, Response
 from penstock.server.problems import problem
-from penstock.wire.body import ndjson, unzip
+from penstock.wire.body import ndjson, unzip, unzipped_bytes
 from penstock.wire.route import Rejected, Router, Stamp, is_field
 
 BIG_BODY_BYTES = 256 << 10
@@ -118,10 +119,13 @@ class Ingest:
         """Take a batch; `device` is the one in the path. Replies when it is on disk, or with what is wrong."""
         if self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
             reply(problem(self._busy()))
-        elif _is_big(request.body):
+            return
+        size = unzipped_bytes(request.body, bytes_max=self._unzipped_bytes_max)
+        if len(request.body) > BIG_BODY_BYTES or size > BIG_BATCH_BYTES:
+            # It would hold up the loop. What it will take is counted now, and counted right when it is known.
             self._elsewhere += 1
-            self._waiting_bytes += len(request.body)
-            self._pool.submit(self._prepare_elsewhere, request, device, reply)
+            self._waiting_bytes += size
+            self._pool.submit(self._prepare_elsewhere, request, device, reply, size)
         else:
             try:
                 self._enqueue(self._prepare(request, device, reply))
@@ -139,7 +143,7 @@ class Ingest:
             retry_after_s=waiting / self._batches_per_s,
         )
 
-    def _prepare_elsewhere(self, request: Request, device: str | None, reply: Reply) -> None:
+    def _prepare_elsewhere(self, request: Request, device: str | None, reply: Reply, size: int) -> None:
         """In the executor. An error does not leave it: its traceback would keep the unzipped batch until the next full collection."""
         assert self._loop is not None
         prepared: _Waiting | Response
@@ -150,11 +154,11 @@ class Ingest:
         except Exception:
             self._log.exception("a batch could not be prepared")
             prepared = problem(HubUnavailable("The server failed on this batch; nothing of it was stored."))
-        self._loop.call_soon_threadsafe(self._prepared_elsewhere, request, prepared, reply)
+        self._loop.call_soon_threadsafe(self._prepared_elsewhere, size, prepared, reply)
 
-    def _prepared_elsewhere(self, request: Request, prepared: _Waiting | Response, reply: Reply) -> None:
+    def _prepared_elsewhere(self, size: int, prepared: _Waiting | Response, reply: Reply) -> None:
         self._elsewhere -= 1
-        self._waiting_bytes -= len(request.body)
+        self._waiting_bytes -= size
         if isinstance(prepared, Response):
             reply(prepared)
         else:
@@ -181,6 +185,12 @@ class Ingest:
             headers.get(b"content-type", b"").decode("latin-1"),
             events_max=self._router.events_max,
         )
+        if properties and len(lines) + (1 + lines.count(b"\n")) * len(properties) > self._unzipped_bytes_max:
+            raise BatchTooLarge(
+                f"With its event properties in each event the batch is larger than {self._unzipped_bytes_max} bytes; nothing was stored. "
+                "Split it and send the parts.",
+                limit_bytes=self._unzipped_bytes_max,
+            )
         routed = self._router.route(lines, self._stamp_for(properties, device, field), field=field, device=device)
         if not routed.accepted:
             raise NoValidEvent("Every event of the batch was rejected. Nothing was stored.", rejected=routed.rejected)
@@ -196,7 +206,8 @@ class Ingest:
             field,
             after,
         )
-        return _Waiting(batch, routed.rejected, len(lines), reply)
+        size = sum([len(group.content) for group in routed.groups])
+        return _Waiting(batch, routed.rejected, size, reply)
 
     def _field(self, given: bytes | None) -> str:
         if given is None:
@@ -276,13 +287,6 @@ class Ingest:
                 waiting.reply(_stored(waiting, answer))
             else:
                 waiting.reply(problem(answer))
-
-
-def _is_big(body: bytes) -> bool:
-    """Whether preparing it would hold up the loop. A gzip body says at its end how large it is unzipped."""
-    if len(body) > BIG_BODY_BYTES:
-        return True
-    return body[:2] == b"\x1f\x8b" and int.from_bytes(body[-4:], "little") > BIG_BATCH_BYTES
 
 
 def _stored(waiting: _Waiting, answer: Appended) -> Response:

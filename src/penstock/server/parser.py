@@ -78,26 +78,34 @@ class Parser:
     def feed(self, data: bytes) -> None:
         """Take what was received. Not to be called again once `ready` has held a fault."""
         self._raw_bytes += len(data)
+        upgraded_at = None
         try:
             self._http.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self.feed(self._without_upgrade() + data[upgrade.args[0] :])
+            upgraded_at = upgrade.args[0]
         except httptools.HttpParserError as error:
             # What a callback below raised is the cause; anything else is the parser's own verdict.
             self.ready.append(error.__context__ or BadHeader(f"The request is not HTTP/1.1: {error}."))
         else:
+            # The parser itself keeps a header or trailer until it is whole.
             most = self._limits.header_bytes_max + self._limits.target_bytes_max
-            if self.arriving is Arriving.HEADER and self._raw_bytes > most:
+            if self.arriving is not Arriving.NOTHING and self._raw_bytes > most:
                 self.ready.append(self._header_too_large())
+        if upgraded_at is not None:
+            # Not where it was caught: what is raised there would have the upgrade for its context.
+            self.feed(self._without_upgrade() + data[upgraded_at:])
 
     def _without_upgrade(self) -> bytes:
         """The request's head for a parser that sees no upgrade: it is declined by ignoring it (RFC 9110, 7.8).
 
         Java's HTTP client asks for h2c with its first request, body included; llhttp would end there.
         """
-        dropped = (b"connection", b"http2-settings", b"upgrade")
-        lines = [b"%b %b HTTP/1.1" % (self._http.get_method(), self._target)]
-        lines += [b"%b: %b" % header for header in self._headers.items() if header[0] not in dropped]
+        dropped = (b"http2-settings", b"upgrade")
+        headers = {name: value for name, value in self._headers.items() if name not in dropped}
+        options = [option for part in headers.get(b"connection", b"").split(b",") if (option := part.strip())]
+        headers[b"connection"] = b", ".join(option for option in options if option.lower() not in dropped)
+        lines = [b"%b %b HTTP/%b" % (self._http.get_method(), self._target, self._http.get_http_version().encode())]
+        lines += [b"%b: %b" % header for header in headers.items()]
         self._http = httptools.HttpRequestParser(self)
         self._raw_bytes = 0
         return b"\r\n".join(lines) + b"\r\n\r\n"
@@ -153,11 +161,13 @@ class Parser:
         elif coding is None and method in (b"POST", b"PUT", b"PATCH"):
             raise LengthRequired("A request with a body needs Content-Length or Transfer-Encoding: chunked.")
         self.arriving = Arriving.BODY
+        self._raw_bytes = 0
         self.expects = version == "1.1" and headers.get(b"expect", b"").lower() == b"100-continue"
         self._upgrade = self._http.should_upgrade()
 
     def on_body(self, part: bytes) -> None:
         self.expects = False
+        self._raw_bytes = 0
         if not self._body:
             self._body = part
         else:

@@ -31,6 +31,7 @@ _LINE_FEEDS = bytes.maketrans(b"\r\n", b"  ")
 _CHARSET = re.compile(r';\s*charset\s*=\s*"?([^";]*)', re.IGNORECASE)
 # Strings and lists of plain values whole, so that only what makes up the depth is looked at one by one.
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|\[[^\[\]{}"]*+\]|[\[\]{},]', re.DOTALL)
+_GZIP = b"\x1f\x8b"
 _COMMAS_AT_ONCE = 1 << 19
 _WINDOW_BYTES_MAX = 1 << 27
 _ZSTD_BYTES_AT_ONCE = 512
@@ -52,6 +53,22 @@ def unzip(body: bytes, encoding: str, *, bytes_max: int) -> bytes:
     raise UnsupportedEncoding(
         f"Content-Encoding {encoding!r} is not supported; send {', '.join(ENCODINGS)}.", supported=list(ENCODINGS)
     )
+
+
+def unzipped_bytes(body: bytes, *, bytes_max: int) -> int:
+    """How large a body says that it is unzipped, at most `bytes_max`; that if it does not say. It may lie: `unzip` finds out."""
+    if body[:2] == _GZIP:
+        size = int.from_bytes(body[-4:], "little")
+    elif body[:4] == zstandard.FRAME_HEADER:
+        try:
+            size = zstandard.get_frame_parameters(body).content_size
+        except zstandard.ZstdError:
+            return len(body)
+        if size == 0:  # not known, in some writers' frames
+            return bytes_max
+    else:
+        size = len(body)
+    return min(max(size, len(body)), bytes_max)
 
 
 def _too_large(bytes_max: int) -> BatchTooLarge:
@@ -132,11 +149,13 @@ def ndjson(body: bytes, content_type: str, *, events_max: int = 10_000) -> bytes
 def _array(text: bytes, events_max: int) -> bytes:
     try:
         text.isascii() or text.decode()
-        if text.count(b",") > _COMMAS_AT_ONCE and _has_more(text, events_max):
-            raise BatchTooLarge(
-                f"The batch holds more than {events_max} events; nothing was stored. Split it and send the parts.",
-                limit_events=events_max,
-            )
+        if text.count(b",") > _COMMAS_AT_ONCE:
+            _RAW.decode(text)  # a string without an end would be looked for from each of its quotes
+            if _has_more(text, events_max):
+                raise BatchTooLarge(
+                    f"The batch holds more than {events_max} events; nothing was stored. Split it and send the parts.",
+                    limit_events=events_max,
+                )
         raws = _RAWS.decode(text)
     except UnicodeDecodeError as error:
         raise MalformedBody(f"The JSON array is not UTF-8 at byte {error.start}. Nothing was stored.") from error
@@ -152,7 +171,10 @@ def _array(text: bytes, events_max: int) -> bytes:
 
 
 def _has_more(array: bytes, events_max: int) -> bool:
-    """Whether an array has more than so many elements, in constant memory. A decoder makes an object of each: 16 MiB of `1,` are 1 GB."""
+    """Whether a valid array has more than so many elements, in constant memory.
+
+    A decoder makes an object of each: 16 MiB of `1,` are 1 GB.
+    """
     depth = commas = 0
     for token in _STRUCTURE.finditer(array, 1):
         first = token[0][0]
