@@ -94,7 +94,7 @@ SETTINGS: tuple[Setting, ...] = (
             "Length of an hour file: whole seconds that divide a day; fixed when the hub is created.",
             _API, "", "1s", "24h"),
     Setting("store", _K.TEXT, "DATA/store", "Blob store: a folder or `file:///folder`.", (*_SERVE, *_LOOK)),
-    Setting("archive", _K.CHOICE, "on", "`none`: no archiver, and retention deletes what was not archived.",
+    Setting("archive", _K.CHOICE, "on", "`none`: no archiver; where no host has its lease, retention deletes what was not archived.",
             (*_API, "audit"), choices=("on", "none")),
     Setting("retention", _K.DURATION, "7d", "How long the hub keeps what is archived.", _API, "", "1s", "3650d"),
     Setting("lease", _K.DURATION, "30s", "A lease that did not change for so long may be taken over.",

@@ -347,7 +347,7 @@ class MemoryHub:
                 self._mark(partition, FrameKind.CUT_MARKER, at_ms)
             return [str(end) for end in self._ends]
 
-    def maintain(self) -> None:
+    def maintain(self, *, expire: bool = True) -> None:
         """Time markers for the partitions whose last events are of an earlier period."""
         with self._lock:
             at_ms = self._now_ms()

@@ -5,8 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from penstock.archive.hours import HourKeeper, Manifest, checkpoint
-from penstock.errors import ArchiveError
+from penstock.archive.hours import HourKeeper, Manifest, checkpoint, refuse_older
+from penstock.errors import ArchiveError, SettingsError
+from penstock.processor.lease import Lease, encode_lease, lease_name
 
 Rig = Any
 
@@ -112,6 +113,15 @@ def test_a_manifest_that_is_wrong_is_named(rig: Rig) -> None:
     with pytest.raises(ArchiveError, match="not what the ledger says"):
         found.publish()
     assert rig.verified().problems == ["_hours/2026-11-22T14-00-00.json: not what the ledger says"]
+
+
+def test_a_hub_that_ends_before_its_archive_is_refused(rig: Rig) -> None:
+    lease = Lease(0, "up", "x-1", 1, "1", 1)
+    rig.store.create(lease_name("$archive", 0), encode_lease(lease), id="x-1")
+    with pytest.raises(SettingsError, match="older than its archive"):
+        refuse_older(rig.store, rig.hub)
+    rig.put(1)
+    refuse_older(rig.store, rig.hub)
 
 
 def test_an_unreadable_lease_is_no_checkpoint(rig: Rig) -> None:

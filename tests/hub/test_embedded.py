@@ -13,12 +13,12 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from penstock.errors import FrameDamaged, HubError, HubUnavailable, NotFound, SettingsError, StorageFull
+from penstock.errors import FrameDamaged, HubBroken, HubError, HubUnavailable, NotFound, SettingsError, StorageFull
 from penstock.events import Appended, Batch, Frame, Group
 from penstock.hub import commit as commit_module
 from penstock.hub import embedded
 from penstock.hub.embedded import EmbeddedHub, create
-from penstock.hub.layout import EVENTS, KEY
+from penstock.hub.layout import EVENTS, KEY, META_POSITIONS
 from penstock.testing import FakeClock
 from penstock.wire.frame import content, encode
 
@@ -227,12 +227,10 @@ def test_counts(reopen: Open, clock: FakeClock) -> None:
     later = START_MS + PERIOD_S * 1000
     assert sorted(hub.accepted()) == [(START_MS, 0, 5), (START_MS, 1, 1), (later, 0, 7)]
     hub.trim(0, before="5")
-    hub.trim(0, before="5")
     assert hub.counters() == counts | {"trimmed_events": 5}
     assert sorted(hub.accepted()) == [(START_MS, 1, 1), (later, 0, 7)]
     hub.trim(0, before="12")
     hub.trim(1, before="1")
-    hub.trim(0, before="12")
     assert hub.counters()["trimmed_events"] == 13
     assert hub.bounds(0).first == hub.bounds(0).next == 12
 
@@ -437,6 +435,19 @@ def test_dead_readers_do_not_keep_pages(reopen: Open, folder: Path) -> None:
         reader.kill()
     hub.maintain()
     assert hub.usage().reader_lag <= 1
+
+
+def test_positions_that_lie_before_the_end_of_the_log_store_nothing(reopen: Open) -> None:
+    """LMDB refuses the frame then, and says so by a value that is easily overlooked."""
+    hub = reopen()
+    hub.append([batch(1, {0: [b"{}"] * 3})])
+    with hub._env.begin(write=True) as txn:
+        positions = commit_module.Positions(bytearray(txn.get(META_POSITIONS, db=hub._databases.meta)))
+        positions.set(0, 0, *positions.period(0))
+        txn.put(META_POSITIONS, bytes(positions.record), db=hub._databases.meta)
+    with pytest.raises(HubBroken, match="restore"):
+        hub.append([batch(2, {0: [b"{}"], 1: [b"{}"]})])
+    assert hub.bounds(1).next == 0
 
 
 def resident_file_bytes() -> int:

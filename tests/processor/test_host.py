@@ -82,7 +82,7 @@ class World:
         return self.members[-1]
 
     def leases(self) -> list[Lease | None]:
-        return read_leases(self.store, "g", self.hub.partitions())
+        return read_leases(self.store, "g", range(self.hub.partitions()))
 
     def lease(self, partition: int = 0) -> Lease:
         lease = self.leases()[partition]

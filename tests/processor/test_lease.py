@@ -193,8 +193,8 @@ def test_read_leases_reports_what_it_cannot_read() -> None:
     claimed(store, clock)
     store.create(lease_name("g", 1), b"rubbish", id="rubbish")
     unreadable: list[int] = []
-    leases = read_leases(store, "g", 4, unreadable=lambda partition, _error: unreadable.append(partition))
+    leases = read_leases(store, "g", range(4), unreadable=lambda partition, _error: unreadable.append(partition))
     assert leases == [None, None, None, stored(store)]
     assert unreadable == [1]
     with pytest.raises(StoreError, match="lease unreadable"):
-        read_leases(store, "g", 4)
+        read_leases(store, "g", range(4))

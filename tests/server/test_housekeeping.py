@@ -9,7 +9,7 @@ import pytest
 
 from penstock.errors import HubBroken, StorageFull
 from penstock.processor.lease import Lease, encode_lease, lease_name
-from penstock.server.housekeeping import READER_LAG_MOST, Housekeeping
+from penstock.server.housekeeping import CLOCK_DOUBTED_S, READER_LAG_MOST, Housekeeping
 from penstock.telemetry.log import open_log
 from penstock.testing import FakeClock, MemoryBlobs, MemoryHub
 
@@ -28,6 +28,7 @@ class Hub(MemoryHub):
         super().__init__(1, clock=clock)
         self.state = Usage()
         self.fails: Exception | None = None
+        self.expired: list[bool] = []
 
     def usage(self) -> Usage:
         return self.state
@@ -35,10 +36,11 @@ class Hub(MemoryHub):
     def counters(self) -> dict[str, int]:
         return {}
 
-    def maintain(self) -> None:
+    def maintain(self, *, expire: bool = True) -> None:
         if self.fails:
             raise self.fails
-        super().maintain()
+        self.expired.append(expire)
+        super().maintain(expire=expire)
 
 
 class Lines:
@@ -67,10 +69,10 @@ class House:
             self.hub, self.store, retention_s=RETENTION_S, archived=archived, clock=self.clock, log=log
         )
 
-    def checkpoint(self, number: int) -> None:
+    def checkpoint(self, number: int, *, owner: str = "up") -> None:
         name = lease_name("$archive", 0)
         self.store.delete(name)
-        self.store.create(name, encode_lease(Lease(0, "up", f"x-{number}", 1, str(number), number)), id=f"x-{number}")
+        self.store.create(name, encode_lease(Lease(0, owner, f"x-{number}", 1, str(number), number)), id=f"x-{number}")
 
     def said(self) -> list[object]:
         return [line["event"] for line in self.lines.written]
@@ -117,6 +119,48 @@ def test_control_without_waiting_for_the_archive_it_would_be_gone() -> None:
     assert house.hub.bounds(0).first == 20
 
 
+@pytest.mark.parametrize(("owner", "first"), [("host-2", 10), ("", 20)])
+def test_without_an_archiver_here_retention_waits_for_one_elsewhere(owner: str, first: int) -> None:
+    """One that gave its lease back archives no more."""
+    house = House(archived=False)
+    aged(house)
+    house.checkpoint(10, owner=owner)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == first
+
+
+def test_a_checkpoint_that_the_hub_has_not_reached_is_none() -> None:
+    """A hub that was restored from an older copy: what it took since was never archived."""
+    house = House()
+    aged(house)
+    house.checkpoint(31)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 0
+
+
+@pytest.mark.parametrize("seconds", [15 * 24 * 3600.0, -3600.0])
+def test_nothing_is_deleted_for_its_age_for_a_while_after_the_clock_was_set(seconds: float) -> None:
+    house = House()
+    house.hub.put(0, [b'{"deviceId":"a"}'] * 10)
+    house.checkpoint(10)
+    house.keeping.round()
+    house.clock.step(seconds)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 0
+    assert house.hub.expired == [True, False]
+    assert str(house.said()[-1]).startswith("The clock was set by ")
+    house.clock.step(-seconds)
+    house.keeping.round()
+    house.clock.advance(CLOCK_DOUBTED_S - 1)
+    house.keeping.round()
+    assert house.hub.expired == [True, False, False, False]
+    house.clock.advance(1)
+    house.keeping.round()
+    assert house.hub.expired[-1]
+    assert house.hub.bounds(0).first == 10
+    assert house.said()[-1] == "Over."
+
+
 def test_what_is_young_stays() -> None:
     house = House()
     house.hub.put(0, [b'{"deviceId":"a"}'] * 10)
@@ -143,7 +187,7 @@ def test_alarms_are_said_when_they_begin_and_when_they_end() -> None:
 
 def test_it_goes_on_after_a_failure_and_ends_when_the_hub_is_broken() -> None:
     house, rounds = House(), 0
-    errors = [StorageFull("full"), StorageFull("full"), None, HubBroken("gone")]
+    errors = [StorageFull("full"), StorageFull("full"), None, ZeroDivisionError("a bug"), HubBroken("gone")]
 
     def usage() -> Usage:
         nonlocal rounds
@@ -151,7 +195,7 @@ def test_it_goes_on_after_a_failure_and_ends_when_the_hub_is_broken() -> None:
         return Usage()
 
     class Failing(Hub):
-        def maintain(self) -> None:
+        def maintain(self, *, expire: bool = True) -> None:
             error = errors.pop(0)
             if error:
                 raise error
@@ -162,7 +206,7 @@ def test_it_goes_on_after_a_failure_and_ends_when_the_hub_is_broken() -> None:
     broken: list[HubBroken] = []
     house.keeping.run(threading.Event(), broken.append)
     assert [error.detail for error in broken] == ["gone"]
-    assert (house.said(), rounds) == (["full", "Over."], 1)
+    assert (house.said(), rounds) == (["full", "Over.", "Housekeeping failed: ZeroDivisionError('a bug')."], 1)
 
 
 def test_it_stops_when_it_is_asked_to() -> None:

@@ -135,9 +135,10 @@ def _ledger(store: BlobStore, known: Owner, partition: int, problems: list[str])
     ledger = Ledger(store, known.hub, partition)
     listed = ledger.listed()
     records: list[Record] = []
+    read: set[int] = set()
     for first in (0, *listed):
         if records and first < records[-1].next:
-            if all(record.first != first for record in records):
+            if first not in read:
                 problems.append(f"partition {partition}: the record at {first} lies inside of the file before it")
             continue
         try:
@@ -146,6 +147,7 @@ def _ledger(store: BlobStore, known: Owner, partition: int, problems: list[str])
                     problems.append(f"partition {partition}: no record for {records[-1].next} to {first}")
                 problems += _contradictions(records[-1] if records else None, record, known)
                 records.append(record)
+                read.add(record.first)
         except ArchiveError as error:
             problems.append(str(error))
     return records

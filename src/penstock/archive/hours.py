@@ -14,8 +14,9 @@ import msgspec
 from penstock.archive.cut import hour_start_ms
 from penstock.archive.ledger import Ledger, Record
 from penstock.blobs import BlobStore, Exists
-from penstock.errors import ArchiveError, BlobNotFound
+from penstock.errors import ArchiveError, SettingsError
 from penstock.hub import Hub
+from penstock.processor.lease import Lease, read_leases
 
 ARCHIVE_GROUP: Final = "$archive"
 
@@ -42,12 +43,6 @@ class Manifest(msgspec.Struct, frozen=True):
     raw_bytes: int
 
 
-class Checkpoint(msgspec.Struct, frozen=True):
-    """What the archive reads of a lease: the next sequence number of which the group is not done."""
-
-    SequenceNumber: int
-
-
 def manifest_name(hour: str) -> str:
     return f"_hours/{hour}.json"
 
@@ -70,11 +65,27 @@ def manifest(hub_id: str, hour: str, records: list[Record]) -> bytes:
 
 def checkpoint(store: BlobStore, partition: int, group: str = ARCHIVE_GROUP) -> int | None:
     """The sequence number up to which the group is done, as its lease says; None if the lease is missing or unreadable."""
-    try:
-        blob = store.get(f"_leases/{group}/{partition}.json")
-        return msgspec.json.decode(blob.body, type=Checkpoint).SequenceNumber
-    except (BlobNotFound, msgspec.MsgspecError):
-        return None
+    lease = archive_lease(store, partition, group)
+    return lease.sequence_number if lease else None
+
+
+def archive_lease(store: BlobStore, partition: int, group: str = ARCHIVE_GROUP) -> Lease | None:
+    """The archive's lease; None if it is missing or unreadable."""
+    return read_leases(store, group, (partition,), unreadable=lambda _partition, _error: None)[0]
+
+
+def refuse_older(store: BlobStore, hub: Hub) -> None:
+    """Raises SettingsError if more was archived than the hub has ever held: it was restored from an older copy.
+
+    What it takes from then on would lie behind the checkpoint: never archived, and deleted as if it were.
+    """
+    for partition in range(hub.partitions()):
+        done, end = checkpoint(store, partition), hub.bounds(partition).next
+        if done is not None and done > end:
+            raise SettingsError(
+                f"The hub is older than its archive: partition {partition} ends at {end}, and {done} events of it were archived. "
+                "Restore the newest copy of the hub, or start on another data folder and store; nothing was touched."
+            )
 
 
 class HourKeeper:

@@ -24,8 +24,9 @@ def probe(store: BlobStore, *, name: str) -> None:
 
     Raises SettingsError unless exactly one of each race wins, StoreUnavailable when the store does not answer.
     """
+    blob = f"_probe/{secrets.token_hex(8)}.json"
     for _ in range(ROUNDS):
-        _race(store, f"_probe/{secrets.token_hex(8)}.json", name)
+        _race(store, blob, name)
 
 
 def _race(store: BlobStore, blob: str, name: str) -> None:

@@ -128,7 +128,7 @@ def _rows_of_store(values: Values, group: str) -> list[LeaseRow]:
 
     where, now_ms = wiring.layout(values), SystemClock().now_ms()
     with wiring.reading_hub(where, values) as hub:
-        found = read_leases(wiring.open_store(where), group, hub.partitions())
+        found = read_leases(wiring.open_store(where), group, range(hub.partitions()))
     rows = []
     for partition, lease in enumerate(found):
         if lease is None:

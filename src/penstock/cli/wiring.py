@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from penstock.archive.archiver import archivers
-from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper
+from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper, refuse_older
 from penstock.archive.ledger import claim, owner, start
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
@@ -90,9 +90,11 @@ def prepare(where: Layout, values: Values) -> None:
         bytes_max=values.count("hub-bytes-max"),
         clock=SystemClock(),
     )
+    Files().sync_folder(where.hub)  # the names that LMDB has made
     probe(store, name=str(where.store))
     with reading_hub(where, values) as hub:
         claim(store, hub, SystemClock())
+        refuse_older(store, hub)
 
 
 def make_folders(where: Layout) -> None:
@@ -312,10 +314,14 @@ def _publish(hub: EmbeddedHub, store: DiskBlobs, clock: Clock, stop: threading.E
     while not clock.wait(stop, max(0.5, min(10.0, hub.period_s / 10))):
         try:
             published = keeper.publish()
-        except PenstockError as error:
-            if said != error.detail:
-                log.warning("Hour manifests wait.", detail=error.detail)
-            said = error.detail
+        except Exception as error:  # the top of the thread: it must not end unseen
+            if said != str(error):
+                log.warning(
+                    "Hour manifests wait.",
+                    exc_info=None if isinstance(error, PenstockError) else error,
+                    detail=str(error),
+                )
+            said = str(error)
             continue
         said = ""
         for name in published:

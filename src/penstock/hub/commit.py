@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import lmdb
 import msgspec
 
+from penstock.errors import HubBroken
 from penstock.events import Appended, Batch, FrameKind
 from penstock.hub import Refused
 from penstock.hub.layout import EVENTS, KEY, MARKER, META_COUNTERS, META_POSITIONS, Databases, Meta
@@ -123,8 +124,7 @@ class Commit:
                 ranges[index].append((partition, number, number + count))
                 number += count
             self._next[partition] = number
-            database = self._databases.frames[partition]
-            self._txn.put(KEY.pack(first, EVENTS), draft.placed(first, self._at_ms), db=database, append=True)
+            self._append(partition, KEY.pack(first, EVENTS), draft.placed(first, self._at_ms))
 
     def mark(self, partition: int, kind: FrameKind) -> int:
         """Put a marker behind a partition's events, if a file may be open there: if its last record is events.
@@ -135,8 +135,16 @@ class Commit:
         due = kind is FrameKind.CUT_MARKER or period_ms < self._period_ms
         if due and is_open(self._txn.cursor(self._databases.frames[partition])):
             packed = pack(kind, partition, end, 0, self._at_ms, 0, 0, 0, b"", 0, b"")
-            self._txn.put(KEY.pack(end, MARKER), packed, db=self._databases.frames[partition], append=True)
+            self._append(partition, KEY.pack(end, MARKER), packed)
         return end
+
+    def _append(self, partition: int, key: bytes, value: bytes) -> None:
+        """LMDB says no, and writes nothing, when the key does not come behind the last: then `positions` is not the log's."""
+        if not self._txn.put(key, value, db=self._databases.frames[partition], append=True):
+            raise HubBroken(
+                f"The log of partition {partition} goes on behind the end that the hub has written down. Nothing of this commit was "
+                "stored; restore the hub from a backup."
+            )
 
     def count(self, name: str, by: int = 1) -> None:
         self._counts[name] = self._counts.get(name, 0) + by

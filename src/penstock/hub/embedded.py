@@ -11,9 +11,6 @@ freed pages from being used again.
 
 from __future__ import annotations
 
-import errno
-import os
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +21,7 @@ import msgspec
 
 from penstock.clock import Clock, timestamp
 from penstock.errors import (
-    HubBroken,
     HubError,
-    HubUnavailable,
     NotFound,
     OffsetBeyondEnd,
     SettingsError,
@@ -47,6 +42,7 @@ from penstock.hub.reading import (
     reading,
     records,
 )
+from penstock.hub.writing import Writer
 from penstock.wire.draft import drafts
 from penstock.wire.frame import FRAME_BYTES_MAX
 
@@ -56,7 +52,6 @@ if TYPE_CHECKING:
 FULL_AT = 0.9
 DELETES_AT_ONCE = 1000
 RESIDENT_BYTES_MAX = 32 << 20
-DISK_ENDS_BYTES = 1 << 20
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -90,10 +85,7 @@ def create(folder: Path, *, partitions: int, period_s: int, bytes_max: int, cloc
 
 
 class EmbeddedHub:
-    """The hub of one data folder, open in this process. Thread-safe.
-
-    `held`, 8 bytes shared with the supervisor, holds the monotonic millisecond since which this process has the write lock, else 0.
-    """
+    """The hub of one data folder, open in this process. Thread-safe. `held` is for the supervisor (writing.Writer)."""
 
     def __init__(
         self,
@@ -105,9 +97,7 @@ class EmbeddedHub:
         held: memoryview | None = None,
         frame_bytes_max: int = FRAME_BYTES_MAX,
     ) -> None:
-        self._folder = folder
         self._clock = clock
-        self._held = held
         self._frame_bytes_max = frame_bytes_max
         self._env = open_environment(folder, bytes_max, read_only=read_only)
         try:
@@ -117,7 +107,7 @@ class EmbeddedHub:
         except lmdb.Error as error:
             self._env.close()
             raise SettingsError(f"There is no hub in {folder}: {error}.") from error
-        self._broken = False
+        self._writer = Writer(self._env, folder, clock, held)
         self._resident = Resident(folder / "data.mdb", bytes_max=RESIDENT_BYTES_MAX)
         self._expired_key = b""
 
@@ -147,7 +137,7 @@ class EmbeddedHub:
 
     def append(self, batches: Sequence[Batch]) -> Sequence[Appended | Refused]:
         ready = drafts(batches, frame_bytes_max=self._frame_bytes_max)
-        with _Write(self) as txn:
+        with self._writer.transaction() as txn:
             if self._is_full(txn):
                 raise StorageFull(
                     f"The hub holds {FULL_AT:.0%} of its {self._env.info()['map_size']} bytes. Nothing of this batch was stored: keep "
@@ -200,7 +190,7 @@ class EmbeddedHub:
             return str(locate(txn.cursor(database), end, at_ms))
 
     def cut(self) -> Sequence[str]:
-        with _Write(self) as txn:
+        with self._writer.transaction() as txn:
             commit = Commit(txn, self._databases, self._meta, self._clock.now_ms())
             ends = [str(commit.mark(partition, FrameKind.CUT_MARKER)) for partition in range(self._meta.partitions)]
             commit.finish()
@@ -211,7 +201,7 @@ class EmbeddedHub:
         limit = self._number(before)
         database = self._database(partition)
         while True:
-            with _Write(self) as txn:
+            with self._writer.transaction() as txn:
                 deleted = events = 0
                 end = self._positions(txn).next(partition)
                 cursor = txn.cursor(database)
@@ -228,7 +218,7 @@ class EmbeddedHub:
                     commit = Commit(txn, self._databases, self._meta, 0)
                     commit.count("trimmed_events", events)
                     commit.finish()
-                if not deleted:
+                if deleted < DELETES_AT_ONCE:
                     self._trim_accepted(txn, partition)
             self._resident.bound()
             if deleted < DELETES_AT_ONCE:
@@ -246,9 +236,15 @@ class EmbeddedHub:
                 return
             more = counts.delete() and counts.key() if of == partition else counts.next()
 
-    def maintain(self) -> None:
-        """Once a second or so, from any one thread: time markers, dead readers, producers that were not heard of for 14 days."""
-        self._env.reader_check()
+    def maintain(self, *, expire: bool = True) -> None:
+        """Once a second or so, from any one thread: time markers, dead readers, producers that were not heard of for 14 days.
+
+        Without `expire` all producers are kept: for when the clock cannot be trusted.
+        """
+        try:
+            self._env.reader_check()
+        except lmdb.Error as error:
+            raise HubError(f"The hub's table of readers cannot be looked through: {error}.") from error
         period_ms = self._meta.period_s * 1000
         now_ms = self._clock.now_ms()
         with reading(self._env) as txn:
@@ -260,12 +256,13 @@ class EmbeddedHub:
             )
         if due:
             # A partition whose last events are of an earlier period gets a marker; whatever comes later is in a later period.
-            with _Write(self) as txn:
+            with self._writer.transaction() as txn:
                 commit = Commit(txn, self._databases, self._meta, now_ms)
                 for partition in range(self._meta.partitions):
                     commit.mark(partition, FrameKind.TIME_MARKER)
                 commit.finish()
-        self._expire(now_ms - WINDOW_MS)
+        if expire:
+            self._expire(now_ms - WINDOW_MS)
 
     def _expire(self, before_ms: int) -> None:
         with reading(self._env) as txn:
@@ -280,7 +277,7 @@ class EmbeddedHub:
                 more = cursor.next()
             self._expired_key = cursor.key() if more else b""
         if found:
-            with _Write(self) as txn:
+            with self._writer.transaction() as txn:
                 for key in found:
                     entry = txn.get(key, db=self._databases.producers)
                     if entry is not None and decode(entry).seen_at_ms < before_ms:
@@ -337,55 +334,3 @@ class EmbeddedHub:
         if not (offset.isascii() and offset.isdigit() and len(offset) < 20):
             raise HubError(f"{offset!r} is not an offset of this hub.")
         return int(offset)
-
-
-class _Write:
-    """A write transaction; foreign errors become ours here, and a broken environment is not used again."""
-
-    def __init__(self, hub: EmbeddedHub) -> None:
-        self._hub = hub
-
-    def __enter__(self) -> lmdb.Transaction:
-        hub = self._hub
-        if hub._broken:
-            raise HubBroken("A write to the hub failed before; its processes are being started again.")
-        try:
-            self._txn = hub._env.begin(write=True)
-        except lmdb.Error as error:
-            raise self._translate(error) from error
-        if hub._held is not None:
-            struct.pack_into("<q", hub._held, 0, int(hub._clock.monotonic() * 1000))
-        return self._txn
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._txn.commit()
-            else:
-                self._txn.abort()
-        except lmdb.Error as failed:
-            raise self._translate(failed) from failed
-        finally:
-            if self._hub._held is not None:
-                struct.pack_into("<q", self._hub._held, 0, 0)
-        if isinstance(error, lmdb.Error):
-            raise self._translate(error) from error
-
-    def _translate(self, error: lmdb.Error) -> Exception:
-        # A full map or disk aborts the transaction and harms nothing. After any other failed write or sync nobody knows what the disk
-        # holds of the pages in memory: only a fresh start reads it from the disk.
-        if isinstance(error, lmdb.MapFullError | lmdb.DiskError) or self._is_disk_end(error):
-            return StorageFull(f"The hub's disk is full ({error}). Nothing of this batch was stored: send it again.")
-        if isinstance(error, lmdb.ReadonlyError):
-            return HubUnavailable("The hub is open for reading only in this process.")
-        self._hub._broken = True
-        return HubBroken(
-            f"A write to the hub in {self._hub._folder} failed: {error}. What was not answered must be sent again."
-        )
-
-    def _is_disk_end(self, error: lmdb.Error) -> bool:
-        """Whether this was the write that filled the disk: a short one, which LMDB calls EIO. It harms as little as ENOSPC."""
-        disk = os.statvfs(self._hub._folder)
-        return os.strerror(errno.EIO) in str(error) and disk.f_bavail * disk.f_frsize < DISK_ENDS_BYTES

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -75,14 +75,18 @@ def decode_lease(body: bytes, partition: int) -> Lease:
 
 
 def read_leases(
-    store: BlobStore, group: str, partitions: int, *, unreadable: Callable[[int, StoreError], None] | None = None
+    store: BlobStore,
+    group: str,
+    partitions: Iterable[int],
+    *,
+    unreadable: Callable[[int, StoreError], None] | None = None,
 ) -> list[Lease | None]:
-    """The leases of a group by partition; None where there is none.
+    """The leases of a group in these partitions; None where there is none.
 
     An unreadable one is reported to `unreadable` and is None too; without `unreadable` it raises its StoreError.
     """
     leases: list[Lease | None] = []
-    for partition in range(partitions):
+    for partition in partitions:
         lease = None
         try:
             lease = decode_lease(store.get(lease_name(group, partition)).body, partition)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from penstock.archive.hours import checkpoint
+from penstock.archive.hours import archive_lease
 from penstock.blobs import BlobStore
 from penstock.clock import Clock
 from penstock.errors import HubBroken, PenstockError
@@ -19,6 +19,8 @@ from penstock.telemetry.log import Log
 
 ROUND_S: Final = 1.0
 READER_LAG_MOST: Final = 10_000
+CLOCK_MOVES_MOST_S: Final = 60.0
+CLOCK_DOUBTED_S: Final = 3600.0
 
 
 class KeptUsage(HubUsage, Protocol):
@@ -30,13 +32,13 @@ class KeptUsage(HubUsage, Protocol):
 
 class KeptHub(MeasuredHub, Protocol):
     def usage(self) -> KeptUsage: ...
-    def maintain(self) -> None:
-        """Time markers, dead readers, producers that were not heard of for long."""
+    def maintain(self, *, expire: bool) -> None:
+        """Time markers, dead readers; with `expire`, producers that were not heard of for long."""
         ...
 
 
 class Housekeeping:
-    """`archived` is False when the installation has no archiver (`--archive none`): then retention waits for none."""
+    """`archived` is False with `--archive none`: then retention waits for an archiver only where one has the lease."""
 
     def __init__(
         self, hub: KeptHub, store: BlobStore, *, retention_s: float, archived: bool, clock: Clock, log: Log
@@ -48,6 +50,8 @@ class Housekeeping:
         self._clock = clock
         self._log = log
         self._said: dict[str, str] = {}
+        self._ahead_s = clock.now_ms() / 1000 - clock.monotonic()
+        self._trusted_from_s = clock.monotonic()
 
     def run(self, stop: threading.Event, broken: Callable[[HubBroken], None]) -> None:
         """Until `stop` is set. `broken` is called, and it ends, when the hub's storage failed."""
@@ -60,18 +64,39 @@ class Housekeeping:
                 return
             except PenstockError as error:
                 self._say("failed", error.detail)
+            except Exception as error:  # the top of the thread: without it hours stay open and the disk fills
+                self._say("failed", f"Housekeeping failed: {error!r}.", error)
 
     def round(self) -> None:
         """Raises what hub and store raise; the next round tries again."""
-        self._hub.maintain()
+        trusted = self._clock_is_trusted()
+        self._hub.maintain(expire=trusted)
         usage = self._hub.usage()
         self._say("full", "The hub's storage is full: new events are refused." if usage.full else "")
         pinned = usage.reader_lag > READER_LAG_MOST
         self._say(
             "pinned", "A reader has been open for too long and keeps pages from being used again." if pinned else ""
         )
+        if not trusted:
+            return
         held = [partition for partition in range(self._hub.partitions()) if self._trim(partition)]
         self._say("held", f"Retention waits for the archive in partitions {held}." if held else "")
+
+    def _clock_is_trusted(self) -> bool:
+        """Not for a while after it was set: what is deleted for its age by a wrong clock does not come back."""
+        now_s, monotonic_s = self._clock.now_ms() / 1000, self._clock.monotonic()
+        moved_s = now_s - monotonic_s - self._ahead_s
+        if abs(moved_s) > CLOCK_MOVES_MOST_S:
+            self._ahead_s += moved_s
+            self._trusted_from_s = monotonic_s + CLOCK_DOUBTED_S
+            self._say(
+                "clock",
+                f"The clock was set by {moved_s:+.0f} s: for {CLOCK_DOUBTED_S:.0f} s nothing is deleted for its age.",
+            )
+        elif monotonic_s >= self._trusted_from_s:
+            self._ahead_s += moved_s
+            self._say("clock", "")
+        return monotonic_s >= self._trusted_from_s
 
     def _trim(self, partition: int) -> bool:
         """True when events are older than the retention and not archived, so they stay."""
@@ -81,18 +106,20 @@ class Housekeeping:
             return False
         # Offsets of the embedded hub are sequence numbers; they compare as numbers.
         due = before = int(self._hub.locate(partition, oldest_ms))
-        if self._archived:
-            before = min(due, checkpoint(self._store, partition) or 0)
+        lease = archive_lease(self._store, partition)
+        # Without an archiver here there may be hosts elsewhere: one that has the lease, or died with it.
+        if self._archived or (lease is not None and lease.owner):
+            before = min(due, lease.sequence_number if lease and lease.sequence_number <= bounds.next else 0)
         if before > bounds.first:
             self._hub.trim(partition, before=str(before))
         return before < due
 
-    def _say(self, what: str, sentence: str) -> None:
+    def _say(self, what: str, sentence: str, error: Exception | None = None) -> None:
         """One line for each change of state."""
         if self._said.get(what, "") == sentence:
             return
         self._said[what] = sentence
         if sentence:
-            self._log.warning(sentence)
+            self._log.warning(sentence, exc_info=error)
         else:
             self._log.info("Over.", problem=what)

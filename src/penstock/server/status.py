@@ -111,7 +111,7 @@ def _leases(hub: Hub, store: BlobStore, problems: list[str]) -> Sequence[Lease |
         return read_leases(
             store,
             ARCHIVE_GROUP,
-            hub.partitions(),
+            range(hub.partitions()),
             unreadable=lambda _partition, error: problems.append(error.detail),
         )
     except StoreError as error:
