@@ -42,7 +42,7 @@ from penstock.wire.route import Rejected, Router, Stamp, is_field
 BIG_BODY_BYTES = 256 << 10
 BIG_BATCH_BYTES = 2 << 20
 GROUP_BATCHES = 512
-GROUP_BYTES = 1 << 20
+GROUP_BYTES = 4 << 20
 WAITING_BYTES_MAX = 48 << 20
 STORAGE_RETRY_S = 10.0
 PROPERTIES_BYTES_MAX = (1 << 16) - 1  # what a frame's header has room for
