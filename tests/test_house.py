@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": BASE | {"wire", "hub", "blobs", "processor", "archive", "telemetry"},
     "testing": BASE | {"wire", "hub", "blobs", "processor"},
     "cli": BASE | {"settings", "wire", "hub", "blobs", "processor", "archive", "telemetry", "server", "client"},
-    "__init__": {"errors", "events"},
+    "__init__": {"errors", "events", "client"},
     "__main__": {"cli"},
 }
 # A foreign module and the only places that may know it.

@@ -17,6 +17,8 @@
     ├── StoreError                  the blob store did not do what was asked
     │   └── BlobNotFound · LostRace · StoreUnavailable
     ├── ArchiveError                ledger, files and log do not agree; the partition stops
+    ├── SpoolError                  the client's spool
+    │   └── SpoolFull · SpoolClosed · SpoolDamaged · FlushTimeout
     └── InternalError               500: the server failed in a way that it does not know
 
 A class carries its `code`, its HTTP `status` where it has one, whether sending the same again can help (`retryable`),
@@ -320,6 +322,41 @@ class ArchiveError(PenstockError):
 
     code = "archive_error"
     title = "The archive does not agree with the log"
+
+
+class SpoolError(PenstockError):
+    """The client's spool did not do what was asked."""
+
+    code = "spool_error"
+    title = "Spool error"
+
+
+class SpoolFull(SpoolError):
+    """The spool holds as much as it may. The event was not taken."""
+
+    code = "spool_full"
+    title = "The spool is full"
+
+
+class SpoolClosed(SpoolError):
+    """The client was closed before. The event was not taken."""
+
+    code = "spool_closed"
+    title = "The client is closed"
+
+
+class SpoolDamaged(SpoolError):
+    """A file of the spool is not what was written."""
+
+    code = "spool_damaged"
+    title = "The spool is damaged"
+
+
+class FlushTimeout(SpoolError):
+    """The hub has not answered for everything in time. Nothing is lost: the rest stays in the spool."""
+
+    code = "flush_timeout"
+    title = "Not everything was answered in time"
 
 
 class InternalError(PenstockError):

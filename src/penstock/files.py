@@ -42,6 +42,45 @@ class Held:
             self._fd = -1
 
 
+class Appending:
+    """A file that grows. `write` is for one thread; `sync` and `close` may come from others."""
+
+    def __init__(self, files: Files, path: Path, fd: int) -> None:
+        self._files = files
+        self._folder = path.parent
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._written = self._synced = 0
+        self._named = False
+
+    def write(self, body: bytes) -> None:
+        """Survives the death of the process when it returns."""
+        self._files._write_all(self._fd, body)
+        self._written += len(body)
+
+    def sync(self) -> None:
+        """All that was written before is durable when it returns, the file's name too."""
+        with self._lock:
+            if self._fd < 0 or (self._named and self._synced == self._written):
+                return
+            written, fd = self._written, os.dup(self._fd)
+        try:
+            self._files._fsync(fd)
+        finally:
+            os.close(fd)
+        if not self._named:
+            self._files.sync_folder(self._folder)
+            self._named = True
+        self._synced = written
+
+    def close(self) -> None:
+        """No error if it was."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+
 class Files:
     """Durable acts on files. Thread-safe. Every method raises OSError as the system gives it.
 
@@ -105,16 +144,24 @@ class Files:
             self.sync_folder(path.parent)
         return replaced
 
+    def append(self, path: Path) -> Appending:
+        """A new file that grows; its name is durable after the first `sync`. Raises FileExistsError."""
+        return Appending(self, path, self._open_new(path))
+
     def read(self, path: Path) -> bytes:
         """The whole file."""
         return path.read_bytes()
 
     def remove(self, path: Path) -> None:
         """Durably absent afterwards; no error if it was."""
-        with contextlib.suppress(FileNotFoundError):
-            self._unlink(path)
+        self.discard(path)
         with contextlib.suppress(FileNotFoundError):
             self.sync_folder(path.parent)
+
+    def discard(self, path: Path) -> None:
+        """Absent for now; a power cut may bring it back. No error if it was."""
+        with contextlib.suppress(FileNotFoundError):
+            self._unlink(path)
 
     @contextlib.contextmanager
     def lock(self, path: Path) -> Iterator[None]:

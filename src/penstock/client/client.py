@@ -1,0 +1,343 @@
+"""The client: takes events into a spool on disk, and sends them to the hub from there until it has answered for each.
+
+    with Client("http://127.0.0.1:8480", spool="spool") as client:
+        client.send({"deviceId": "d-1", "temperature": 21.4})
+        client.flush(timeout_s=30)
+
+`send` returns when the event would survive the death of this process, and at once: the network is the business of one thread for
+each lane. A power cut takes at most what was sent in the last `GROUP_SYNC_S`; with `sync="each"`, nothing. What becomes of the events
+in every other case is in answers.py (what the API says) and lane.py (what a crash leaves).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+import secrets
+import threading
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import msgspec
+
+from penstock.client.records import RAW_BYTES_MAX
+from penstock.client.sending import Board, Rejected, Sender, Stats
+from penstock.client.spool import Spool
+from penstock.client.transport import HttpTransport, Transport
+from penstock.clock import Clock, SystemClock
+from penstock.errors import FlushTimeout, SettingsError, SpoolClosed, SpoolFull
+from penstock.events import DEVICE_FIELD
+from penstock.files import Files
+
+GROUP_SYNC_S = 0.05
+CLOSE_S_MAX = 5.0
+_IDLE_S = 1.0
+_UNSEALED_MAX = 4
+
+Event = Mapping[str, Any] | msgspec.Struct | bytes | str
+
+
+class Client:
+    """A device's or gateway's way to the hub. Thread-safe.
+
+    `lanes`: how many batches may be under way; a device is always in the same, so its order is kept. `batch_events`, and `linger_s`
+    after its first event, end a batch. A spool that holds `spool_bytes_max` bytes makes `send` raise SpoolFull, or wait
+    (`when_full="block"`). `on_rejected` is called in a lane's thread for each event that the API will never take; each is also
+    in `{spool}/dead`.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        key: str | None = None,
+        spool: str | Path = "spool",
+        lanes: int = 1,
+        device_field: str = DEVICE_FIELD,
+        batch_events: int = 1000,
+        linger_s: float = 1.0,
+        sync: Literal["group", "each"] = "group",
+        spool_bytes_max: int = 1 << 30,
+        when_full: Literal["raise", "block"] = "raise",
+        on_rejected: Callable[[Rejected], None] | None = None,
+        timeout_s: float = 60.0,
+        clock: Clock | None = None,
+        files: Files | None = None,
+        connect: Callable[[], Transport] | None = None,
+    ) -> None:
+        url = url or os.environ.get("PENSTOCK_URL", "http://127.0.0.1:8480")
+        key = key or os.environ.get("PENSTOCK_KEY")
+        if lanes < 1 or batch_events < 1:
+            raise SettingsError("A client needs at least one lane, and a batch at least one event.")
+        self._folder = Path(spool)
+        self._lane_count = lanes
+        self._device_field = device_field
+        self._batch_events = batch_events
+        self._linger_s = linger_s
+        self._sync = sync
+        self._bytes_max = spool_bytes_max
+        self._when_full = when_full
+        self._clock: Clock = clock or SystemClock()
+        self._files = files or Files()
+        self._headers = {
+            "Content-Type": "application/x-ndjson",
+            "Content-Encoding": "gzip",
+            "Penstock-Device-Field": device_field,
+            **({"Authorization": f"Bearer {key}"} if key else {}),
+        }
+        self._connect = connect or (lambda: HttpTransport(url, timeout_s=timeout_s))
+        self._device_of = _device_decoder(device_field)
+        self._board = Board(on_rejected)
+        self._mutex = threading.RLock()
+        self._here = _Here()
+        self._taken = 0
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._closed = self._forked = False
+        self._opened_at: dict[int, float] = {}
+        self._spool = self._open_spool()
+        self._senders: list[Sender] = []
+        self._threads: list[threading.Thread] = []
+        self._start()
+        _clients.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def send(self, event: Event) -> None:
+        """Take one event: a mapping, a msgspec Struct, or JSON in one line as bytes or text. Raises SpoolFull, SpoolClosed, OSError."""
+        self.send_many((event,))
+
+    def send_many(self, events: Iterable[Event]) -> None:
+        """Take events, in this order for each device. Those before one that raises are taken."""
+        for lane, lines in self._sorted(events):
+            self._take(lane, lines)
+
+    def flush(self, timeout_s: float = 60.0) -> None:
+        """Return when the hub has answered for all that was taken until now. Raises FlushTimeout; the events stay in the spool."""
+        with self._uninterrupted(), self._mutex:
+            self._ready()
+            for lane in self._spool.lanes:
+                lane.rotate()
+            marks = [(lane, lane.mark()) for lane in (*self._spool.lanes, *self._spool.left)]
+            self._wake.set()
+        until = self._clock.monotonic() + timeout_s
+        while not all(lane.reached(mark) for lane, mark in marks):
+            if self._clock.monotonic() >= until:
+                raise FlushTimeout(
+                    f"The hub has not answered for {self._spool.events} events within {timeout_s:g} s; they stay in {self._folder}. "
+                    f"The last answer: {self._board.why or 'none'}"
+                )
+            with self._uninterrupted():
+                self._clock.wait(self._board.changed, min(_IDLE_S, max(0.0, until - self._clock.monotonic())))
+                self._board.changed.clear()
+
+    def stats(self) -> Stats:
+        """Counts since this client began, and what is in the spool now."""
+        return self._board.stats(self._taken, self._spool.events, self._spool.bytes, self._spool.quarantined)
+
+    def close(self, timeout_s: float = CLOSE_S_MAX) -> None:
+        """Take no more. What was taken is durable, and sent by the next client on this spool; answers under way get `timeout_s`."""
+        with self._mutex:
+            if self._closed:
+                return
+            self._closed = True
+        self._stop.set()
+        self._wake.set()
+        for sender in self._senders:
+            sender.stop()
+        until = self._clock.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, until - self._clock.monotonic()))
+        self._spool.close()
+        _clients.discard(self)
+
+    def _open_spool(self) -> Spool:
+        return Spool(
+            self._folder,
+            self._files,
+            lanes=self._lane_count,
+            device_field=self._device_field,
+            now_ms=self._clock.now_ms,
+            new_producer=lambda: f"c-{secrets.token_hex(8)}",
+        )
+
+    def _start(self) -> None:
+        self._senders = [
+            Sender(lane, self._connect(), self._board, self._clock, random.random, self._headers)
+            for lane in (*self._spool.lanes, *self._spool.left)
+        ]
+        runs = [("seal", self._seal_all), *((f"lane-{n}", sender.run) for n, sender in enumerate(self._senders))]
+        self._threads = [threading.Thread(target=run, name=f"penstock-{name}", daemon=True) for name, run in runs]
+        for thread in self._threads:
+            thread.start()
+
+    def _ready(self) -> None:
+        if self._forked:
+            self._forked = False
+            self._spool = self._open_spool()
+            self._start()
+        if self._closed:
+            raise SpoolClosed("The client is closed; this event was not taken.")
+
+    def _sorted(self, events: Iterable[Event]) -> Iterable[tuple[int, list[bytes]]]:
+        """Lines by lane; in one lane if there is but one."""
+        lines = [_line(event) for event in events]
+        count = len(self._spool.lanes)
+        if count == 1:
+            return ((0, lines),)
+        lanes: dict[int, list[bytes]] = {}
+        for line in lines:
+            lanes.setdefault(self._lane_of(line, count), []).append(line)
+        return lanes.items()
+
+    def _lane_of(self, line: bytes, count: int) -> int:
+        """A line whose device cannot be read is in lane 0: the API will say what is wrong."""
+        try:
+            device: str = self._device_of(line).device
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return 0
+        return zlib.crc32(device.encode()) % count
+
+    def _take(self, number: int, lines: list[bytes]) -> None:
+        if self._here.inside:
+            self._here.later.append((number, lines))
+            return
+        with self._uninterrupted():
+            size = sum(map(len, lines))
+            self._make_room(size)
+            with self._mutex:
+                self._ready()
+                self._put(number, lines, size)
+
+    @contextlib.contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """What a signal handler sends while its thread is in here is taken when the thread comes out."""
+        here = self._here
+        here.inside = True
+        try:
+            yield
+        finally:
+            here.inside = False
+            while here.later:
+                self._take(*here.later.popleft())
+
+    def _put(self, number: int, lines: list[bytes], size: int) -> None:
+        lane = self._spool.lanes[number]
+        if lane.open_bytes + size > RAW_BYTES_MAX:
+            lane.rotate()
+        first = not lane.open_events
+        lane.append(lines)
+        self._taken += len(lines)
+        if first:
+            self._opened_at[number] = self._clock.monotonic()
+            self._wake.set()
+        if lane.open_events >= self._batch_events:
+            lane.rotate()
+            self._wake.set()
+        if self._sync == "each":
+            lane.sync()
+
+    def _make_room(self, size: int) -> None:
+        """Wait while batches are made slower than events come; and for a full spool, if that is how it is set."""
+        while not self._closed and not self._forked:
+            full = self._spool.bytes + size > self._bytes_max
+            if full and self._when_full == "raise":
+                raise SpoolFull(
+                    f"The spool in {self._folder} holds {self._spool.bytes} bytes, and may hold {self._bytes_max}. This event was not "
+                    f"taken. The last answer of the API: {self._board.why or 'none'}"
+                )
+            if not full and all(lane.unsealed < _UNSEALED_MAX for lane in self._spool.lanes):
+                return
+            self._clock.wait(self._board.changed, GROUP_SYNC_S)
+            self._board.changed.clear()
+
+    def _seal_all(self) -> None:
+        """The thread that syncs, ends batches that are old enough, and seals them."""
+        while not self._stop.is_set():
+            try:
+                busy = self._seal_once()
+            except OSError as error:
+                self._board.trouble(f"The spool cannot be written: {error}")
+                busy = True
+            self._clock.wait(self._wake, GROUP_SYNC_S if busy else _IDLE_S)
+            self._wake.clear()
+
+    def _seal_once(self) -> bool:
+        """Whether something is still open."""
+        now = self._clock.monotonic()
+        for number, lane in enumerate(self._spool.lanes):
+            lane.sync()
+            with self._mutex:
+                if lane.open_events and now - self._opened_at.get(number, now) >= self._linger_s:
+                    lane.rotate()
+        for lane, sender in zip((*self._spool.lanes, *self._spool.left), self._senders, strict=True):
+            while not self._stop.is_set() and lane.seal():
+                sender.wake.set()
+                self._board.changed.set()
+        return any(lane.open_events for lane in self._spool.lanes)
+
+    def _forget_threads(self) -> None:
+        """In the child after a fork: the threads, the set and its files are the parent's. The child opens a set of its own."""
+        self._forked = True
+        self._taken = 0
+        self._mutex = threading.RLock()
+        self._here = _Here()
+        self._stop, self._wake = threading.Event(), threading.Event()
+        self._board = self._board.anew()
+        self._spool.abandon()
+
+
+class _Here(threading.local):
+    """What a thread knows of itself: whether it is taking events, and what its signal handler has sent meanwhile."""
+
+    def __init__(self) -> None:
+        self.inside = False
+        self.later: deque[tuple[int, list[bytes]]] = deque()
+
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for client in list(_clients):
+        client._forget_threads()
+
+
+def _at_exit() -> None:
+    for client in list(_clients):
+        if not client._forked:
+            client.close()
+
+
+os.register_at_fork(after_in_child=_in_child)
+atexit.register(_at_exit)
+
+
+def _line(event: Event) -> bytes:
+    """An event as one line of JSON."""
+    if isinstance(event, str):
+        event = event.encode()
+    if isinstance(event, bytes):
+        line = event.strip(b" \t\r\n")
+        if not line or b"\n" in line:
+            raise ValueError("an event given as text is one JSON object in one line; this has none or several")
+        return line
+    return msgspec.json.encode(event)
+
+
+def _device_decoder(field: str) -> Callable[[bytes], Any]:
+    named: Any = msgspec.defstruct("Named", [("device", str, "")], rename={"device": field})
+    return msgspec.json.Decoder(named).decode

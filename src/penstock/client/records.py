@@ -1,0 +1,120 @@
+"""What stands in the files of a spool, as bytes and values (docs/formats.md, The spool)."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from penstock.errors import SpoolDamaged
+
+_FORMAT = "penstock-batch/1"
+_CRC_CHARS = 8
+RAW_BYTES_MAX = 8 << 20
+"""NDJSON in one batch; the API takes 16 MiB."""
+
+
+class State(msgspec.Struct, frozen=True):
+    """`state.json`. `batch`, the stem of the batch that has the number `sequence`; `after`, the last number that was stored.
+
+    `taken`: of each source that is being read into the spool, the last line that is in a batch up to this one.
+    """
+
+    producer: str
+    epoch: int = 1
+    sequence: int = 0
+    after: int = 0
+    batch: str = ""
+    taken: dict[str, int] = {}
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The first line of a batch file. `bytes` and `sha256` are of the gzip bytes behind it; `raw_bytes` of the NDJSON."""
+
+    format: str
+    events: int
+    raw_bytes: int
+    bytes: int
+    sha256: str
+    sealed_at_ms: int
+    device_field: str
+    taken: dict[str, int] = {}
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """A sealed batch as it is posted."""
+
+    stem: str
+    path: Path
+    header: Header
+    body: bytes
+
+    def lines(self) -> list[bytes]:
+        """The events, without line feeds."""
+        return zlib.decompress(self.body, 31).split(b"\n")[:-1]
+
+
+class Dead(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line of a file in `dead/`: an event that the API will never take, as text, or in base64 where it is no UTF-8."""
+
+    code: str
+    detail: str
+    event: str = ""
+    event_base64: bytes = b""
+
+    @classmethod
+    def of(cls, event: bytes, code: str, detail: str) -> Dead:
+        try:
+            return cls(code, detail, event.decode())
+        except UnicodeDecodeError:
+            return cls(code, detail, event_base64=event)
+
+
+def open_lines(lines: Sequence[bytes]) -> bytes:
+    """Events as they lie in an open file."""
+    return b"".join([b"%08x %b\n" % (zlib.crc32(line), line) for line in lines])
+
+
+def read_open(text: bytes) -> tuple[list[bytes], list[bytes]]:
+    """The events of an open file, and what of it is damaged. A last line without its line feed was never taken whole: it is neither."""
+    lines: list[bytes] = []
+    damaged: list[bytes] = []
+    for line in text.split(b"\n")[:-1]:
+        event = line[_CRC_CHARS + 1 :]
+        if line[: _CRC_CHARS + 1] == b"%08x " % zlib.crc32(event) and event:
+            lines.append(event)
+        else:
+            damaged.append(line)
+    return lines, damaged
+
+
+def read_batch(stem: str, path: Path, text: bytes) -> Batch:
+    """A batch file. Raises SpoolDamaged unless its body is the one whose sha256 stands in its header."""
+    header = read_header(text)
+    body = text[text.index(b"\n") + 1 :]
+    if len(body) != header.bytes or hashlib.sha256(body).hexdigest() != header.sha256:
+        raise SpoolDamaged(f"{path} is damaged: its body is not the one that was sealed.")
+    return Batch(stem, path, header, body)
+
+
+def read_header(text: bytes) -> Header:
+    """The first line of a batch file. Raises SpoolDamaged."""
+    try:
+        header = msgspec.json.decode(text[: text.index(b"\n")], type=Header)
+        if header.format != _FORMAT:
+            raise ValueError(f"unknown format {header.format}")
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise SpoolDamaged(f"The header of a batch file is damaged: {error}.") from error
+    return header
+
+
+def batch_text(lines: Sequence[bytes], *, sealed_at_ms: int, device_field: str, taken: Mapping[str, int]) -> bytes:
+    """A batch file."""
+    raw = b"\n".join(lines) + b"\n"
+    body = zlib.compress(raw, 1, 31)
+    digest = hashlib.sha256(body).hexdigest()
+    header = Header(_FORMAT, len(lines), len(raw), len(body), digest, sealed_at_ms, device_field, dict(taken))
+    return msgspec.json.encode(header) + b"\n" + body

@@ -1,0 +1,216 @@
+"""One lane's way to the hub: posts its oldest batch until the answer settles it, and acts on every other answer as answers.py says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from penstock.client.answers import (
+    Again,
+    NewProducer,
+    Paused,
+    Reaction,
+    Rejection,
+    Settled,
+    Split,
+    reaction,
+)
+from penstock.client.lane import Lane, Numbered
+from penstock.client.records import Batch, Dead
+from penstock.client.transport import Transport
+from penstock.clock import Clock
+from penstock.errors import HubUnavailable
+
+BACKOFF_S = (0.2, 60.0)
+PAUSE_S = (5.0, 300.0)
+_IDLE_S = 1.0
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """An event that the API will never take, as it was sent, and why."""
+
+    event: bytes
+    code: str
+    detail: str
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """Counts since the client began; `waiting_*` is in the spool now. `why`: what was answered last, if it was no good answer."""
+
+    taken: int
+    accepted: int
+    duplicates: int
+    rejected: int
+    settled_elsewhere: int
+    waiting_events: int
+    waiting_bytes: int
+    quarantined: int
+    state: str
+    why: str
+
+
+class Board:
+    """What all lanes know together. Thread-safe."""
+
+    def __init__(self, on_rejected: Callable[[Rejected], None] | None) -> None:
+        self.changed = threading.Event()
+        self.why = ""
+        self._state = "idle"
+        self._on_rejected = on_rejected
+        self._lock = threading.Lock()
+        self._accepted = self._duplicates = self._rejected = self._elsewhere = 0
+
+    def anew(self) -> Board:
+        """With counts from 0 and locks that nobody has."""
+        return Board(self._on_rejected)
+
+    def settled(self, accepted: int, duplicate: bool, rejected: Sequence[Rejected]) -> None:
+        with self._lock:
+            self._accepted += accepted
+            self._duplicates += accepted if duplicate else 0
+            self._rejected += len(rejected)
+            self._state, self.why = "sending", ""
+        if self._on_rejected is not None:
+            for one in rejected:
+                self._on_rejected(one)
+        self.changed.set()
+
+    def elsewhere(self, events: int) -> None:
+        with self._lock:
+            self._elsewhere += events
+        self.changed.set()
+
+    def trouble(self, why: str, *, state: str = "waiting") -> None:
+        with self._lock:
+            self._state, self.why = state, why
+        self.changed.set()
+
+    def stats(self, taken: int, events: int, size: int, quarantined: int) -> Stats:
+        with self._lock:
+            return Stats(
+                taken,
+                self._accepted,
+                self._duplicates,
+                self._rejected,
+                self._elsewhere,
+                events,
+                size,
+                quarantined,
+                self._state,
+                self.why,
+            )
+
+
+class Sender:
+    """`run` is a lane's thread; `step` is one try, and for tests."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        transport: Transport,
+        board: Board,
+        clock: Clock,
+        jitter: Callable[[], float],
+        headers: Mapping[str, str],
+    ) -> None:
+        self.wake = threading.Event()
+        self._stop = threading.Event()
+        self._lane = lane
+        self._transport = transport
+        self._board = board
+        self._clock = clock
+        self._jitter = jitter
+        self._headers = headers
+        self._failed = 0
+
+    def stop(self) -> None:
+        """End after the answer that is under way."""
+        self._stop.set()
+        self.wake.set()
+
+    def run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                wait_s = self.step()
+                if wait_s is None:
+                    self._clock.wait(self.wake, _IDLE_S)
+                    self.wake.clear()
+                elif wait_s:
+                    self._clock.wait(self._stop, wait_s)
+        finally:
+            self._transport.close()
+
+    def step(self) -> float | None:
+        """Post the oldest batch once. Seconds to wait before the next try; None if there is nothing to send."""
+        try:
+            batch = self._lane.head()
+            if batch is None:
+                return None
+            numbered = self._lane.number(batch)
+            return self._act(batch, numbered, self._post(batch, numbered))
+        except OSError as error:
+            self._board.trouble(f"The spool cannot be written: {error}")
+            return self._backoff(BACKOFF_S)
+
+    def _post(self, batch: Batch, numbered: Numbered) -> Reaction:
+        number = (
+            f"{numbered.producer};epoch={numbered.epoch};sequence={numbered.sequence};after={numbered.after};"
+            f"sha256={batch.header.sha256}"
+        )
+        headers = {**self._headers, "Penstock-Device-Field": batch.header.device_field, "Penstock-Producer": number}
+        try:
+            answer = self._transport.post(batch.body, headers)
+        except HubUnavailable as error:
+            return Again(error.detail)
+        echo = f"{numbered.producer}:{numbered.epoch}:{numbered.sequence}"
+        return reaction(answer, batch=echo, events=batch.header.events, now_ms=self._clock.now_ms())
+
+    def _act(self, batch: Batch, numbered: Numbered, answered: Reaction) -> float:
+        if isinstance(answered, Settled):
+            self._settle(batch, numbered, answered)
+            return 0.0
+        if isinstance(answered, Again):
+            self._board.trouble(answered.why)
+            return (answered.retry_after_s or 0.0) + self._backoff(BACKOFF_S)
+        if isinstance(answered, Split) and batch.header.events > 1:
+            self._lane.split(batch)
+            return 0.0
+        if isinstance(answered, Paused) or (isinstance(answered, Split) and not answered.code):
+            why = answered.why if isinstance(answered, Paused) else answered.detail
+            self._board.trouble(why, state="paused")
+            return PAUSE_S[0] + self._backoff(PAUSE_S)
+        if isinstance(answered, NewProducer):
+            return self._renumber(batch, numbered, answered)
+        every = tuple(Rejection(index, answered.code, answered.detail) for index in range(batch.header.events))
+        self._settle(batch, numbered, Settled(0, False, every, stored=False))
+        return 0.0
+
+    def _settle(self, batch: Batch, numbered: Numbered, settled: Settled) -> None:
+        """What was rejected is kept first: behind `done` nothing is left of the batch."""
+        rejected: list[Rejected] = []
+        if settled.rejected:
+            lines = batch.lines()
+            rejected = [Rejected(lines[one.index], one.code, one.detail) for one in settled.rejected]
+            self._lane.bury(numbered, [Dead.of(one.event, one.code, one.detail) for one in rejected])
+        self._lane.done(batch, stored=settled.stored)
+        self._failed = 0
+        self._board.settled(settled.accepted, settled.duplicate, rejected)
+
+    def _renumber(self, batch: Batch, numbered: Numbered, answered: NewProducer) -> float:
+        if answered.code == "number_too_old" and not numbered.anew:
+            # The number stood in the spool when this process began, and the hub has later ones of this producer: a copy of this spool went
+            # on from here, and a lane goes on only when the batch before is settled. So it settled this one.
+            self._lane.done(batch, stored=True)
+            self._board.elsewhere(batch.header.events)
+            return 0.0
+        self._lane.renumber(batch)
+        return self._backoff(BACKOFF_S)
+
+    def _backoff(self, bounds: tuple[float, float]) -> float:
+        """Full jitter: clients that failed together do not come back together."""
+        first, most = bounds
+        wait_s = self._jitter() * min(most, first * 2 ** min(self._failed, 30))
+        self._failed += 1
+        return float(wait_s)

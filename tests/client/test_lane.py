@@ -1,0 +1,218 @@
+"""A lane that is killed, or loses its power, before each of its acts, and goes on: every event is stored once, in order."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from penstock.client import lane as lane_module
+from penstock.client.lane import DEAD, QUARANTINE, Lane
+from penstock.client.records import State, open_lines, read_open
+from penstock.client.sending import Board, Sender
+from penstock.files import Files
+from penstock.testing import FakeClock
+from tests.client.conftest import MemoryApi, lost_answer
+from tests.client.power import PowerCut, PowerFiles
+
+HOW = ["kill", "power", "power, renames kept"]
+EVENTS = [b'{"deviceId":"d","n":%d}' % n for n in range(11)]
+
+
+def open_lane(spool: Path, files: Files, names: Callable[[], str]) -> Lane:
+    return Lane(spool / "0" / "0", spool, files, device_field="deviceId", now_ms=lambda: 0, new_producer=names)
+
+
+def sender_of(lane: Lane, api: MemoryApi) -> Sender:
+    return Sender(lane, api, Board(None), FakeClock(jumps=True), lambda: 1.0, {})
+
+
+def drain(lane: Lane, api: MemoryApi) -> None:
+    while lane.seal():
+        continue
+    sender = sender_of(lane, api)
+    for _ in range(100):
+        if sender.step() is None:
+            return
+    raise AssertionError("the lane does not get empty")
+
+
+class Run:
+    """Sends `EVENTS` in batches of three through a lane, and dies at the n-th act on the disk."""
+
+    def __init__(self, spool: Path, api: MemoryApi) -> None:
+        self.spool = spool
+        self.api = api
+        self.synced: list[bytes] = []
+        self.names = (f"p-{n}" for n in itertools.count())
+
+    def until(self, files: PowerFiles) -> bool:
+        """True if it got to the end."""
+        try:
+            lane = open_lane(self.spool, files, lambda: next(self.names))
+            for at in range(0, len(EVENTS), 3):
+                batch = EVENTS[at : at + 3]
+                for event in batch:
+                    lane.append([event])
+                    lane.sync()
+                    self.synced.append(event)
+                lane.rotate()
+                if at in (3, 9):  # so that a batch is done while another waits behind it
+                    drain(lane, self.api)
+        except PowerCut:
+            return False
+        return True
+
+    def go_on(self) -> None:
+        lane = open_lane(self.spool, Files(), lambda: next(self.names))
+        drain(lane, self.api)
+        assert (lane.events, lane.bytes) == (0, 0)
+
+
+def wrong(run: Run) -> list[str]:
+    stored = run.api.stored
+    found = []
+    if len(set(stored)) != len(stored):
+        found.append(f"stored twice: {stored}")
+    if missing := set(run.synced) - set(stored):
+        found.append(f"lost: {missing}")
+    if sorted(stored, key=EVENTS.index) != stored:
+        found.append(f"out of order: {stored}")
+    return found
+
+
+def every_cut(folder: Path, how: str, *, lines_max: int = 10_000, taken: Sequence[int] = ()) -> list[str]:
+    """`taken` are numbers of the first producer under which the hub has other bytes."""
+    found: list[str] = []
+    for cut_at in itertools.count(1):
+        api = MemoryApi(None, lost_answer, None, lost_answer, lines_max=lines_max)
+        api.numbers |= {("p-0", number): ("0" * 64, 1) for number in taken}
+        run = Run(folder / str(cut_at), api)
+        files = PowerFiles(cut_at)
+        ended = run.until(files)
+        if how != "kill":
+            files.lose(renames=how == "power")
+        run.go_on()
+        found += [f"cut at {cut_at}: {one}" for one in wrong(run)]
+        if ended:
+            assert cut_at > 50
+            return found
+    raise AssertionError
+
+
+@pytest.mark.parametrize("lines_max", [10_000, 2])
+@pytest.mark.parametrize("how", HOW)
+def test_every_event_is_stored_once_whenever_it_dies(tmp_path: Path, how: str, lines_max: int) -> None:
+    assert every_cut(tmp_path, how, lines_max=lines_max) == []
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_every_event_is_stored_once_when_the_number_is_anothers(tmp_path: Path, how: str) -> None:
+    assert every_cut(tmp_path, how, taken=[2]) == []
+
+
+def test_an_open_file_whose_batch_is_in_quarantine_comes_back_last(tmp_path: Path) -> None:
+    """The deletion of the open file was lost, and its batch is damaged: the events are there once more."""
+    lane = open_lane(tmp_path, Files(), lambda: "p")
+    for events in (EVENTS[:2], EVENTS[2:4]):
+        lane.append(events)
+        lane.rotate()
+        kept = next(tmp_path.glob("0/0/*.open")).read_bytes()
+        lane.seal()
+        if events == EVENTS[:2]:
+            first = kept
+    next(tmp_path.glob("0/0/000000000001-*.batch")).unlink()
+    (tmp_path / "0/0/000000000001.open").write_bytes(first)
+    api = MemoryApi()
+    for _ in range(2):
+        drain(open_lane(tmp_path, Files(), lambda: "p"), api)
+    assert api.stored == [*EVENTS[2:4], *EVENTS[:2]]
+
+
+def test_without_a_durable_number_events_are_stored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(self: Lane, state: State) -> None:
+        self.state = state
+
+    monkeypatch.setattr(Lane, "_save", save)
+    assert any("twice" in one for one in every_cut(tmp_path, "kill"))
+
+
+def test_without_looking_at_what_is_done_events_are_stored_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "is_done", lambda _stem, _numbered: False)
+    assert any("twice" in one for one in every_cut(tmp_path, "power, renames kept"))
+
+
+def test_an_open_file_cut_at_every_byte_keeps_the_events_before() -> None:
+    text = open_lines(EVENTS)
+    for cut in range(len(text) + 1):
+        lines, damaged = read_open(text[:cut])
+        assert lines == EVENTS[: text[:cut].count(b"\n")]
+        assert damaged == []
+
+
+def test_an_open_file_with_a_wrong_byte_loses_no_other_event(tmp_path: Path) -> None:
+    text = open_lines(EVENTS)
+    for at in range(0, len(text), 3):
+        lines, damaged = read_open(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :])
+        assert set(lines) <= set(EVENTS) and len(lines) >= len(EVENTS) - 2
+        assert damaged
+
+
+def test_a_damaged_batch_goes_to_quarantine_and_the_next_is_sent(tmp_path: Path) -> None:
+    whole = b""
+    for cut in itertools.count():
+        spool, api = tmp_path / str(cut), MemoryApi()
+        lane = open_lane(spool, Files(), lambda: "p")
+        for events in (EVENTS[:2], EVENTS[2:4]):
+            lane.append(events)
+            lane.rotate()
+            lane.seal()
+        path = next(spool.glob("0/0/000000000001-*.batch"))
+        whole = path.read_bytes()
+        if cut >= len(whole):
+            return
+        path.write_bytes(whole[:cut])
+        lane = open_lane(spool, Files(), lambda: "p")
+        drain(lane, api)
+        assert api.stored == EVENTS[2:4]
+        [kept] = (spool / QUARANTINE).iterdir()
+        assert kept.read_bytes() == whole[:cut]
+        assert lane.quarantined == 1
+
+
+def test_a_copy_of_a_spool_stores_nothing_twice(tmp_path: Path) -> None:
+    """Both go on from the same state: what is in both is recognised, what only one has is stored."""
+    api, names = MemoryApi(), (f"p-{n}" for n in itertools.count())
+    lane = open_lane(tmp_path / "a", Files(), lambda: next(names))
+    for events in (EVENTS[:2], EVENTS[2:4]):
+        lane.append(events)
+        lane.rotate()
+        lane.seal()
+    lane.number(lane.head() or pytest.fail("no batch"))
+    copy = tmp_path / "b"
+    os.system(f"cp -r {tmp_path / 'a'} {copy}")
+    lanes = [open_lane(folder, Files(), lambda: next(names)) for folder in (tmp_path / "a", copy)]
+    for lane, own in zip(lanes, (EVENTS[4:7], EVENTS[7:]), strict=True):
+        lane.append(own)
+        lane.rotate()
+        drain(lane, api)
+    assert sorted(api.stored, key=EVENTS.index) == EVENTS
+    assert lanes[1].state.producer != lanes[0].state.producer
+
+
+def test_rejected_events_are_buried_once(tmp_path: Path) -> None:
+    api = MemoryApi(lost_answer)
+    lane = open_lane(tmp_path, Files(), lambda: "p")
+    lane.append([EVENTS[0], b"!bad", EVENTS[1]])
+    lane.rotate()
+    drain(lane, api)
+    assert api.stored == EVENTS[:2]
+    [grave] = (tmp_path / DEAD).iterdir()
+    [record] = grave.read_text().splitlines()
+    assert json.loads(record)["code"] == "not_json"
