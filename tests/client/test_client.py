@@ -207,7 +207,11 @@ PATHS = f"import sys\nsys.path[:0] = [{str(ROOT / 'src')!r}, {str(Path(msgspec._
 
 def run(script: str, spool: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT + script, str(spool)], cwd=ROOT, capture_output=True, text=True, timeout=30
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", SCRIPT + script, str(spool)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
 
 
