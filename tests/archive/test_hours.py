@@ -115,6 +115,45 @@ def test_a_manifest_that_is_wrong_is_named(rig: Rig) -> None:
     assert rig.verified().problems == ["_hours/2026-11-22T14-00-00.json: not what the ledger says"]
 
 
+class Meanwhile(HourKeeper):
+    """While it looks, between checkpoints and ledgers, an archiver finishes the hour."""
+
+    rig: Rig
+
+    def _checkpoints(self) -> list[int] | None:
+        done = super()._checkpoints()
+        run_all(self.rig)
+        return done
+
+
+class FollowsFirst(Meanwhile):
+    """Reads the ledgers before the checkpoints."""
+
+    def _checkpoints(self) -> list[int] | None:
+        super()._follow()
+        run_all(self.rig)
+        return HourKeeper._checkpoints(self)
+
+    def _follow(self) -> None:
+        return
+
+
+@pytest.mark.parametrize("kind", [Meanwhile, FollowsFirst])
+def test_a_manifest_has_the_file_that_is_archived_while_it_is_made(rig: Rig, kind: type[Meanwhile]) -> None:
+    rig.put(3)
+    rig.hub.cut()
+    rig.run()
+    rig.put(1)
+    rig.close_hour()
+    publisher = kind(rig.hub, rig.store)
+    publisher.rig = rig
+    while not publisher.publish():
+        continue
+    found = msgspec.json.decode(rig.store.get("_hours/2026-11-22T14-00-00.json").body, type=Manifest)
+    assert found.events == (4 if kind is Meanwhile else 3)
+    assert (rig.verified().problems == []) == (kind is Meanwhile)
+
+
 def test_a_hub_that_ends_before_its_archive_is_refused(rig: Rig) -> None:
     lease = Lease(0, "up", "x-1", 1, "1", 1)
     rig.store.create(lease_name("$archive", 0), encode_lease(lease), id="x-1")

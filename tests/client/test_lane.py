@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from penstock.client import lane as lane_module
 from penstock.client.lane import DEAD, QUARANTINE, Lane
-from penstock.client.records import State, open_lines, read_open
+from penstock.client.records import Batch, State, open_lines, read_open
 from penstock.client.sending import Board, Sender
 from penstock.files import Files
 from penstock.testing import FakeClock
 from tests.client.conftest import MemoryApi, lost_answer
 from tests.client.power import PowerCut, PowerFiles
 
+test_lane = sys.modules[__name__]
 HOW = ["kill", "power", "power, renames kept"]
 EVENTS = [b'{"deviceId":"d","n":%d}' % n for n in range(11)]
 
@@ -131,6 +134,42 @@ def test_an_open_file_whose_batch_is_in_quarantine_comes_back_last(tmp_path: Pat
     for _ in range(2):
         drain(open_lane(tmp_path, Files(), lambda: "p"), api)
     assert api.stored == [*EVENTS[2:4], *EVENTS[:2]]
+
+
+def dead_of(spool: Path) -> list[str]:
+    return [
+        json.loads(line)["event"] for grave in spool.glob(f"{DEAD}/*.ndjson") for line in grave.read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize("buries_first", [True, False])
+def test_a_rejected_event_is_in_the_dead_letters_once_whenever_it_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buries_first: bool
+) -> None:
+    bad = [b"!bad-%d" % n for n in range(11)]
+    monkeypatch.setattr(test_lane, "EVENTS", [line for pair in zip(EVENTS, bad, strict=True) for line in pair][:11])
+    if not buries_first:
+        done, bury = Lane.done, Lane.bury
+        kept: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(Lane, "bury", lambda *given: kept.append(given))
+
+        def done_first(self: Lane, batch: Batch, *, stored: bool) -> None:
+            done(self, batch, stored=stored)
+            while kept:
+                bury(*kept.pop())
+
+        monkeypatch.setattr(Lane, "done", done_first)
+    lost = 0
+    for cut_at in itertools.count(1):
+        run = Run(tmp_path / str(cut_at), MemoryApi(None, lost_answer))
+        ended = run.until(PowerFiles(cut_at))
+        run.go_on()
+        dead = dead_of(run.spool)
+        assert len(dead) == len(set(dead))
+        lost += len({line.decode() for line in run.synced if line.startswith(b"!")} - set(dead))
+        if ended:
+            break
+    assert (lost == 0) == buries_first
 
 
 def test_without_a_durable_number_events_are_stored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

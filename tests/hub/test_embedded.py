@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lmdb
+import msgspec
 import pytest
 
 from penstock.errors import FrameDamaged, HubBroken, HubError, HubUnavailable, NotFound, SettingsError, StorageFull
@@ -435,6 +437,31 @@ def test_dead_readers_do_not_keep_pages(reopen: Open, folder: Path) -> None:
         reader.kill()
     hub.maintain()
     assert hub.usage().reader_lag <= 1
+
+
+@pytest.mark.parametrize("looks_again", [True, False])
+def test_a_producer_that_sends_while_it_expires_is_kept(
+    reopen: Open, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, looks_again: bool
+) -> None:
+    """Between the look at the table and the deletion a batch may be committed: its number must be known afterwards."""
+    hub = reopen()
+    hub.append([batch(1, {0: [b"{}"]})])
+    clock.advance(15 * DAY_S)
+    transaction, decode = hub._writer.transaction, embedded.decode
+
+    def late() -> Any:
+        monkeypatch.setattr(hub._writer, "transaction", transaction)
+        hub.append([batch(2, {0: [b"{}"]})])
+        if not looks_again:
+            old = {"seen_at_ms": 0}
+            monkeypatch.setattr(embedded, "decode", lambda entry: msgspec.structs.replace(decode(entry), **old))
+        return transaction()
+
+    monkeypatch.setattr(hub._writer, "transaction", late)
+    hub._expire(clock.now_ms() - 14 * DAY_S * 1000)
+    [again] = hub.append([batch(2, {0: [b"{}"]})])
+    assert isinstance(again, Appended)
+    assert again.duplicate == looks_again
 
 
 def test_positions_that_lie_before_the_end_of_the_log_store_nothing(reopen: Open) -> None:
