@@ -20,6 +20,7 @@ from rich.console import Console
 
 from bench.codec import floor_ns, gzip_bodies, telemetry
 from bench.growth import RANGES, Bench, Growth, Say, Soak, show_growth, show_soak
+from bench.memory import warm_memory
 from bench.report import Report, floor_of, make_report, show
 from bench.run import Options, Run, Work, run
 from bench.system import BenchError
@@ -141,8 +142,9 @@ def main(words: Sequence[str]) -> int:
     def say(text: str) -> None:
         progress.print(f"bench: {text}", style="dim", markup=False, highlight=False)
 
+    say("touching free memory")
     try:
-        with tempfile.TemporaryDirectory(prefix="run-", dir=given.folder.resolve()) as name:
+        with warm_memory(), tempfile.TemporaryDirectory(prefix="run-", dir=given.folder.resolve()) as name:
             folder = Path(name)
             prepared = Prepared(folder, options, say)
             figures: Report | Growth | Soak

@@ -26,6 +26,7 @@ from typing import BinaryIO, cast
 PART_BYTES = 1 << 20
 _LOCK_TRIES, _LOCK_PAUSE_S = 100, 0.005
 
+WORK_BUFFER_BYTES = 1 << 17
 _WORK = re.compile(r"\.[0-9a-f]{16}")
 
 
@@ -196,7 +197,7 @@ class Files:
 
     def work_file(self, folder: Path) -> BinaryIO:
         """A file without a name in `folder`: gone when it is closed, or with the process."""
-        return cast(BinaryIO, tempfile.TemporaryFile(prefix=".", dir=folder))
+        return cast(BinaryIO, tempfile.TemporaryFile(buffering=WORK_BUFFER_BYTES, prefix=".", dir=folder))
 
     def sweep(self, folder: Path) -> None:
         """Delete the work files in `folder` whose writers have died: a writer holds a lock on its file while it writes."""

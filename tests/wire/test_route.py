@@ -214,7 +214,7 @@ SPANNING = b'{"deviceId":"a","x":{"y":1}\n }\n{"deviceId":"b"}{"deviceId":"c"}\n
 
 
 class Anything:
-    """Equal to everything: in the place of a set that a check compares with, it takes the check away."""
+    """Equal to everything: in the place of what a check compares with, it takes the check away."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -228,7 +228,7 @@ class Anything:
 def test_without_the_check_of_first_bytes_the_oracle_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"field": "deviceId", "device": None, "properties": b"", "limits": LIMITS}
     check(Router(3), SPANNING, **given)
-    monkeypatch.setattr(route, "_OPENS", Anything())
+    monkeypatch.setattr(route, "_OPENING", Anything())
     with pytest.raises(AssertionError):
         check(Router(3), SPANNING, **given)
 

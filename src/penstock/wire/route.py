@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
 from itertools import islice
-from operator import attrgetter, itemgetter
-from typing import Any
+from operator import attrgetter
+from typing import Annotated, Any
 from zlib import crc32 as device_crc32
 
 import msgspec
@@ -30,13 +30,15 @@ RESERVED = "receivedAt"
 PROPERTIES = "properties"
 DEVICES_CACHED_MAX = 1 << 13
 
-_DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
-_DEVICES = re.compile(rb"%b(?:\n%b)*+" % ((_DEVICE.pattern.encode(),) * 2))
+DEVICE_BYTES_MAX = 128
+_DEVICE = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:@-]{{0,{DEVICE_BYTES_MAX - 1}}}", re.ASCII)
+_IN_DEVICES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:@-\n"
+_BEGINS_NO_DEVICE = re.compile(rb"\n(?![A-Za-z0-9])")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _SUSPICIOUS = re.compile(rb"\\u00[2-7]")
 _LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*+", re.MULTILINE)
-_FIRST, _DEVICE_OF = itemgetter(0), attrgetter("device")
-_OPENS = {ord("{")}
+_DEVICE_OF = attrgetter("device")
+_OPENING = ord("{")
 _CLOSING = b"}\n"
 _SEARCHED = 29_000
 _RAW = msgspec.json.Decoder(msgspec.Raw)
@@ -52,7 +54,7 @@ class Rejected(msgspec.Struct, frozen=True, gc=False):
 
 
 class Routed(msgspec.Struct, frozen=True, gc=False):
-    """A batch split: accepted events in groups, in order in each partition, and the rejected ones."""
+    """A batch split: accepted events in groups by partition, in order in each, and the rejected ones."""
 
     groups: tuple[Group, ...]
     accepted: int
@@ -106,13 +108,13 @@ class _Partitions(dict[str, int]):
         return partition
 
     def of_all(self, devices: Iterable[str]) -> Iterable[int]:
-        """The partitions of these devices; one too many for each line feed in a device."""
+        """The partitions of these devices of at most `DEVICE_BYTES_MAX`; one too many for each line feed in a device."""
         if len(self) < DEVICES_CACHED_MAX:
             return map(self.__getitem__, devices)
-        names = "\n".join(devices).encode()
-        if _DEVICES.fullmatch(names) is None:
+        names = "\n".join(("", *devices)).encode()
+        if names.translate(None, _IN_DEVICES) or _BEGINS_NO_DEVICE.search(names):
             raise _NotSure
-        return [crc % self.partitions for crc in map(device_crc32, names.split(b"\n"))]
+        return [crc % self.partitions for crc in map(device_crc32, names.split(b"\n")[1:])]
 
 
 class Router:
@@ -160,7 +162,9 @@ class Router:
             raise _NotSure from None
         cut: list[Group] = []
         count = size = 0
-        for partition, pieces in groups.items():
+        for partition, pieces in groups:
+            if not pieces:
+                continue
             made = self._groups(partition, pieces, closing)
             made_bytes = sum([len(group.content) for group in made])
             if made_bytes > self._event_bytes_max and max(map(len, pieces)) >= self._event_bytes_max:
@@ -174,24 +178,25 @@ class Router:
 
     def _fast_by_device(
         self, body: bytes, count: int, decoder: msgspec.json.Decoder[Any], device: str | None
-    ) -> dict[int, list[bytes]]:
-        """The lines without their closing, by partition."""
+    ) -> Iterable[tuple[int, list[bytes]]]:
+        """The lines without their closing, by partition; of some partitions there may be none."""
         events = decoder.decode_lines(body)
         if len(events) != count or (device is not None and {event.device for event in events} != {device}):
             raise _NotSure
-        groups: defaultdict[int, list[bytes]] = defaultdict(list)
+        every = self._partition_of.partitions
+        groups: list[list[bytes]] | defaultdict[int, list[bytes]]
+        groups = [[] for _ in range(every)] if count >= every else defaultdict(list)
         partitions = self._partition_of.of_all(map(_DEVICE_OF, events))
         # No list of lines: each takes the place in memory, and so in the processor's cache, of the one before.
         for partition, line in zip(partitions, BytesIO(body), strict=True):
-            groups[partition].append(line.removesuffix(_CLOSING))
-        for pieces in groups.values():
-            if set(map(_FIRST, pieces)) != _OPENS:
+            if line[0] != _OPENING:
                 raise _NotSure
-        return groups
+            groups[partition].append(line.removesuffix(_CLOSING))
+        return sorted(groups.items()) if isinstance(groups, dict) else enumerate(groups)
 
     def _fast_path_device(
         self, body: bytes, decoder: msgspec.json.Decoder[Any], device: str | None
-    ) -> dict[int, list[bytes]]:
+    ) -> Iterable[tuple[int, list[bytes]]]:
         """No event names its device: all are of the path's. There may be more of them than there is memory for, in lines or in one line."""
         lines = list(islice(BytesIO(body), self.events_max + 1))
         pieces = [line.removesuffix(_CLOSING) for line in lines]
@@ -199,7 +204,7 @@ class Router:
             raise _NotSure
         for line in lines:
             decoder.decode(line)
-        return {self._partition_of[device]: pieces}
+        return [(self._partition_of[device], pieces)]
 
     def _groups(self, partition: int, pieces: Sequence[bytes], closing: bytes) -> tuple[Group, ...]:
         """The pieces (lines without their closing) of a partition as groups that fit a frame."""
@@ -239,7 +244,7 @@ class Router:
         if index < 0:
             raise EmptyBatch("The body holds no event. Nothing was stored.")
         cut: list[Group] = []
-        for partition, group in groups.items():
+        for partition, group in sorted(groups.items()):
             cut.extend(self._groups(partition, group, stamp.closing))
         return Routed(tuple(cut), index + 1 - len(rejected), tuple(rejected))
 
@@ -258,7 +263,7 @@ def _count(body: bytes, needle: bytes) -> int:
 def _decoder(field: str, has_properties: bool) -> msgspec.json.Decoder[Any]:
     """A decoder to one attribute `device`, or none without `field`, that checks the rest and fails where a reserved field stands."""
     reserved = [(RESERVED, msgspec.UnsetType, msgspec.UNSET), (PROPERTIES, msgspec.UnsetType, msgspec.UNSET)]
-    fields: list[Any] = [("device", str)] if field else []
+    fields: list[Any] = [("device", Annotated[str, msgspec.Meta(max_length=DEVICE_BYTES_MAX)])] if field else []
     fields += reserved if has_properties else reserved[:1]
     return msgspec.json.Decoder(msgspec.defstruct("Line", fields, rename={"device": field}, gc=False))
 
