@@ -359,6 +359,20 @@ class FlushTimeout(SpoolError):
     title = "Not everything was answered in time"
 
 
+class GaveUp(SpoolError):
+    """No batch was answered for the whole timeout. Nothing is lost: what was taken stays in the spool."""
+
+    code = "gave_up"
+    title = "Gave up"
+
+
+class FileChanged(SettingsError):
+    """A file that was begun is another now: which of its lines were taken cannot be said. Nothing was touched."""
+
+    code = "file_changed"
+    title = "The file has changed"
+
+
 class InternalError(PenstockError):
     """The server failed in a way that it does not know. Whether anything was stored is not known either."""
 

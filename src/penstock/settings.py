@@ -125,6 +125,7 @@ SETTINGS: tuple[Setting, ...] = (
             _API, "", "1s", "2h"),
     Setting("log-level", _K.CHOICE, "info", "The least level that is logged.",
             _SERVE, choices=("debug", "info", "warning", "error")),
+    Setting("spool", _K.PATH, "spool", "The folder where events lie until the hub has answered for them.", ("send",)),
     Setting("batch", _K.COUNT, "1000", "Events of one request.", ("send",), "events", "1", "10000"),
     Setting("lanes", _K.COUNT, "4", "Requests in flight; a device is always in the same lane.",
             ("send",), "lanes", "1", "64"),

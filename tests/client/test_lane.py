@@ -31,7 +31,8 @@ def open_lane(spool: Path, files: Files, names: Callable[[], str]) -> Lane:
 
 
 def sender_of(lane: Lane, api: MemoryApi) -> Sender:
-    return Sender(lane, api, Board(None), FakeClock(jumps=True), lambda: 1.0, {})
+    clock = FakeClock(jumps=True)
+    return Sender(lane, api, Board(None, clock), clock, lambda: 1.0, {})
 
 
 def drain(lane: Lane, api: MemoryApi) -> None:

@@ -7,7 +7,7 @@ import gzip
 import io
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -17,10 +17,12 @@ from penstock.cli.options import api_url, settings
 from penstock.errors import PenstockError, SettingsError
 
 if TYPE_CHECKING:
-    from penstock.client.sender import Rejected, Sender, Summary
+    from penstock.client.feed import Feed
+    from penstock.client.sending import Rejected, Stats
     from penstock.settings import Values
 
 _ANSWER_TIMEOUT_S = 60.0
+_STOP_WITHIN_S = 2.0
 
 
 @click.command()
@@ -29,66 +31,81 @@ _ANSWER_TIMEOUT_S = 60.0
 def send(values: Values, files: Sequence[str]) -> None:
     """Send the events of NDJSON files, one JSON object a line; gzip too, `-` for standard input.
 
-    Exit 1 if an event was rejected; each is named with its line.
+    The same command after a crash goes on where it stopped. Exit 1 if an event was rejected; each is named with its line, and kept
+    in the spool's dead letters.
     """
-    import random
-    import secrets
-
-    from penstock.client.sender import Sender
+    from penstock.client.feed import STDIN, Feed
     from penstock.client.transport import HttpTransport
     from penstock.clock import SystemClock
+    from penstock.files import Files
     from penstock.wire.route import is_field
 
-    if not is_field(values.text("device-field")):
-        raise SettingsError(f"--device-field {values.text('device-field')!r} cannot name a field. Nothing was sent.")
+    field, folder = values.text("device-field"), Path(values.text("spool"))
+    if not is_field(field):
+        raise SettingsError(f"--device-field {field!r} cannot name a field. Nothing was sent.")
     for file in files:
-        if file != "-" and not Path(file).is_file():
+        if file != STDIN and not Path(file).is_file():
             raise SettingsError(f"There is no file {file}. Nothing was sent.")
+    given = {file if file == STDIN else str(Path(file).resolve()): file for file in files}
+    if len(given) < len(files):
+        raise SettingsError("A file is given twice. Nothing was sent.")
     url, clock = api_url(values), SystemClock()
-    transports = [HttpTransport(url, timeout_s=_ANSWER_TIMEOUT_S) for _ in range(values.count("lanes"))]
     began = clock.monotonic()
-    sender = Sender(
-        transports,
-        device_field=values.text("device-field"),
+    feed = Feed(
+        folder,
+        lambda: HttpTransport(url, timeout_s=_ANSWER_TIMEOUT_S),
+        lanes=values.count("lanes"),
+        device_field=field,
         batch_events=values.count("batch"),
         timeout_s=values.seconds("send-timeout"),
+        on_rejected=lambda rejected: _name(rejected, given),
         clock=clock,
-        on_rejected=_name,
-        new_producer=lambda: f"send-{secrets.token_hex(8)}",
-        jitter=random.random,
+        files=Files(),
     )
+    if feed.lanes != values.count("lanes"):
+        click.echo(f"The spool in {folder} has {feed.lanes} lanes until it is empty.", err=True)
     try:
-        _read_all(files, sender)
-        summary = sender.finish()
+        _read_all(files, feed)
+        feed.finish()
+        _report(feed.stats(), feed.skipped, clock.monotonic() - began)
+        feed.forget()
     except BaseException:
-        sender.abandon()
-        so_far = sender.summary()
-        click.echo(f"Not all was sent. Until now {so_far.accepted:,} events were accepted.", err=True)
+        feed.close(_STOP_WITHIN_S)
+        stats = feed.stats()
+        click.echo(
+            f"Not all was sent. {stats.accepted:,} events were accepted, {stats.waiting_events:,} wait in the spool in {folder}. "
+            "The same command goes on from here.",
+            err=True,
+        )
         raise
-    _report(summary, clock.monotonic() - began)
-
-
-def _name(rejected: Rejected) -> None:
-    place = rejected.place
-    click.echo(f"{place.file}:{place.line}: rejected: {rejected.code}: {rejected.detail}", err=True)
-
-
-def _report(summary: Summary, took_s: float) -> None:
-    rate = summary.accepted / max(took_s, 1e-3)
-    text = f"{rate / 1000:.0f} k/s" if rate >= 10_000 else f"{rate:,.0f}/s"
-    events = "event" if summary.accepted == 1 else "events"
-    click.echo(
-        f"{summary.accepted:,} {events} accepted in {took_s:.1f} s ({text}), {summary.rejected:,} rejected, "
-        f"{summary.duplicates:,} duplicates recognised"
-    )
-    if summary.rejected:
+    feed.close(_STOP_WITHIN_S)
+    if feed.stats().rejected:
         raise click.exceptions.Exit(1)
 
 
-def _read_all(files: Sequence[str], sender: Sender) -> None:
+def _name(rejected: Rejected, given: Mapping[str, str]) -> None:
+    file, _, line = rejected.place.rpartition(":")
+    where = f"{given.get(file, file)}:{line}" if file else "in the spool"
+    click.echo(f"{where}: rejected: {rejected.code}: {rejected.detail}", err=True)
+
+
+def _report(stats: Stats, skipped: int, took_s: float) -> None:
+    rate = stats.accepted / max(took_s, 1e-3)
+    text = f"{rate / 1000:.0f} k/s" if rate >= 10_000 else f"{rate:,.0f}/s"
+    events = "event" if stats.accepted == 1 else "events"
+    if skipped:
+        click.echo(f"{skipped:,} lines had been taken before")
+    click.echo(
+        f"{stats.accepted:,} {events} accepted in {took_s:.1f} s ({text}), {stats.rejected:,} rejected, "
+        f"{stats.duplicates:,} duplicates recognised"
+    )
+
+
+def _read_all(files: Sequence[str], feed: Feed) -> None:
+    sources = [feed.source(file) for file in files]
     if not sys.stderr.isatty():
-        for file in files:
-            _read(file, sender, None)
+        for file, source in zip(files, sources, strict=True):
+            _read(file, source, feed, None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -97,21 +114,22 @@ def _read_all(files: Sequence[str], sender: Sender) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("sending", total=None if "-" in files else sum(sizes))
-        for index, file in enumerate(files):
+        for index, (file, source) in enumerate(zip(files, sources, strict=True)):
             before = sum(sizes[:index])
 
             def moved(position: int, before: int = before) -> None:
-                accepted = sender.summary().accepted
-                rate = accepted / max(progress.tasks[0].elapsed or 0.0, 0.001)
-                text = f"{accepted:,} accepted, {rate:,.0f}/s"
+                stats = feed.stats()
+                rate = stats.accepted / max(progress.tasks[0].elapsed or 0.0, 0.001)
+                text = f"{stats.accepted:,} accepted, {rate:,.0f}/s"
                 progress.update(task, completed=before + position, description=text)
 
-            _read(file, sender, moved)
+            _read(file, source, feed, moved)
 
 
-def _read(file: str, sender: Sender, moved: Callable[[int], None] | None) -> None:
-    from penstock.client.sender import RAW_BYTES_MAX, Place
+def _read(file: str, source: str, feed: Feed, moved: Callable[[int], None] | None) -> None:
+    from penstock.client.records import RAW_BYTES_MAX
 
+    feed.begin(source)
     with _opened(file) as (lines, raw):
         number = 0
         try:
@@ -122,11 +140,12 @@ def _read(file: str, sender: Sender, moved: Callable[[int], None] | None) -> Non
                 if not line.endswith(b"\n") and len(line) == RAW_BYTES_MAX:
                     while (rest := lines.readline(RAW_BYTES_MAX)) and not rest.endswith(b"\n"):
                         continue
-                    sender.reject(Place(file, number), "event_too_large", f"longer than {RAW_BYTES_MAX} bytes")
+                    feed.reject(number, "event_too_large", f"longer than {RAW_BYTES_MAX} bytes")
                 elif line := line.strip(b" \t\r\n"):
-                    sender.add(line, Place(file, number))
+                    feed.add(line, number)
         except (OSError, EOFError, zlib.error) as error:
             raise PenstockError(f"{file} cannot be read behind line {number}: {error}.") from error
+    feed.end()
 
 
 @contextlib.contextmanager

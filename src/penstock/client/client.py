@@ -18,7 +18,6 @@ import random
 import secrets
 import threading
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,8 +27,8 @@ from typing import Any, Literal, Self
 import msgspec
 
 from penstock.client.records import RAW_BYTES_MAX
-from penstock.client.sending import Board, Rejected, Sender, Stats
-from penstock.client.spool import Spool
+from penstock.client.sending import Board, Rejected, Sender, Stats, headers_of
+from penstock.client.spool import LaneOf, Spool
 from penstock.client.transport import HttpTransport, Transport
 from penstock.clock import Clock, SystemClock
 from penstock.errors import FlushTimeout, SettingsError, SpoolClosed, SpoolFull
@@ -86,15 +85,9 @@ class Client:
         self._when_full = when_full
         self._clock: Clock = clock or SystemClock()
         self._files = files or Files()
-        self._headers = {
-            "Content-Type": "application/x-ndjson",
-            "Content-Encoding": "gzip",
-            "Penstock-Device-Field": device_field,
-            **({"Authorization": f"Bearer {key}"} if key else {}),
-        }
+        self._headers = headers_of(device_field, key)
         self._connect = connect or (lambda: HttpTransport(url, timeout_s=timeout_s))
-        self._device_of = _device_decoder(device_field)
-        self._board = Board(on_rejected)
+        self._board = Board(on_rejected, self._clock)
         self._mutex = threading.RLock()
         self._here = _Here()
         self._taken = 0
@@ -103,6 +96,7 @@ class Client:
         self._closed = self._forked = False
         self._opened_at: dict[int, float] = {}
         self._spool = self._open_spool()
+        self._lane_of = LaneOf(device_field, len(self._spool.lanes))
         self._senders: list[Sender] = []
         self._threads: list[threading.Thread] = []
         self._start()
@@ -188,6 +182,7 @@ class Client:
         if self._forked:
             self._forked = False
             self._spool = self._open_spool()
+            self._lane_of = LaneOf(self._device_field, len(self._spool.lanes))
             self._start()
         if self._closed:
             raise SpoolClosed("The client is closed; this event was not taken.")
@@ -195,21 +190,12 @@ class Client:
     def _sorted(self, events: Iterable[Event]) -> Iterable[tuple[int, list[bytes]]]:
         """Lines by lane; in one lane if there is but one."""
         lines = [_line(event) for event in events]
-        count = len(self._spool.lanes)
-        if count == 1:
+        if len(self._spool.lanes) == 1:
             return ((0, lines),)
         lanes: dict[int, list[bytes]] = {}
         for line in lines:
-            lanes.setdefault(self._lane_of(line, count), []).append(line)
+            lanes.setdefault(self._lane_of(line), []).append(line)
         return lanes.items()
-
-    def _lane_of(self, line: bytes, count: int) -> int:
-        """A line whose device cannot be read is in lane 0: the API will say what is wrong."""
-        try:
-            device: str = self._device_of(line).device
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return 0
-        return zlib.crc32(device.encode()) % count
 
     def _take(self, number: int, lines: list[bytes]) -> None:
         if self._here.inside:
@@ -336,8 +322,3 @@ def _line(event: Event) -> bytes:
             raise ValueError("an event given as text is one JSON object in one line; this has none or several")
         return line
     return msgspec.json.encode(event)
-
-
-def _device_decoder(field: str) -> Callable[[bytes], Any]:
-    named: Any = msgspec.defstruct("Named", [("device", str, "")], rename={"device": field})
-    return msgspec.json.Decoder(named).decode

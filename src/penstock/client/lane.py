@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import re
 import threading
 from collections import deque
@@ -27,8 +28,9 @@ from penstock.errors import SpoolDamaged
 from penstock.files import Appending, Files
 
 DEAD, QUARANTINE = "dead", "quarantine"
+COMPLETE = -1
 _STATE = "state.json"
-_NAME = re.compile(r"(\d{12})([ab]*)(?:\.open|-(\d+)\.batch)")
+_NAME = re.compile(r"(\d{12}[ab]*)(?:\.open|-(\d+)\.batch)")
 
 
 class Numbered(msgspec.Struct, frozen=True):
@@ -41,11 +43,38 @@ class Numbered(msgspec.Struct, frozen=True):
     anew: bool
 
 
-class _File(msgspec.Struct, frozen=True, gc=False):
+class _Ended(msgspec.Struct, frozen=True, gc=False):
+    """An open file that nothing is added to any more."""
+
     stem: str
     path: Path
     events: int
     bytes: int
+
+
+class _Lines(msgspec.Struct, frozen=True):
+    """What goes into a batch file; `source` and `numbers` where they are of a source."""
+
+    lines: Sequence[bytes]
+    taken: Mapping[str, int]
+    source: str = ""
+    numbers: Sequence[int] = ()
+
+    def halves(self) -> tuple[_Lines, _Lines]:
+        middle = len(self.lines) // 2
+        return (
+            _Lines(self.lines[:middle], self.taken, self.source, self.numbers[:middle]),
+            _Lines(self.lines[middle:], self.taken, self.source, self.numbers[middle:]),
+        )
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0].partition("-")[0]
+
+
+def _events(name: str) -> int:
+    """Of a batch file."""
+    return int(name[name.index("-") + 1 : name.index(".")])
 
 
 def is_done(stem: str, numbered: str) -> bool:
@@ -79,16 +108,17 @@ class Lane:
         self._open_bytes = 0
         self.events = 0
         self.bytes = 0
-        self._rotated: deque[_File] = deque()
-        self._sealed: deque[_File] = deque()
-        self._found: set[str] = set()
+        self._rotated: deque[_Ended] = deque()
+        # Names of files and nothing else: there may be hundreds of thousands.
+        self._sealed: deque[str] = deque()
         self._taken: dict[str, int] = {}
         self.quarantined = 0
         files.make_folders(folder)
         files.sweep(folder)
         self.state = self._load_state()
         self._sealing = threading.Lock()
-        self._numbers = itertools.count(self._recover())
+        self._known = self._recover()
+        self._numbers = itertools.count(self._known + 1)
 
     @property
     def unsealed(self) -> int:
@@ -103,10 +133,11 @@ class Lane:
     def open_bytes(self) -> int:
         return self._open_bytes
 
-    def taken(self, source: str) -> int:
-        """The last line of a source that is in this lane's batches."""
+    @property
+    def taken(self) -> Mapping[str, int]:
+        """Of each source that is being read, the last line that is in this lane's batches, or COMPLETE."""
         with self._lock:
-            return self._taken.get(source, 0)
+            return dict(self._taken)
 
     def append(self, lines: Sequence[bytes]) -> None:
         """Take events. They outlive this process when it returns, and a power cut after `sync`."""
@@ -131,7 +162,7 @@ class Lane:
             return
         self._open.sync()
         self._open.close()
-        file = _File(self._open_path.stem, self._open_path, self._open_events, self._open_bytes)
+        file = _Ended(self._open_path.stem, self._open_path, self._open_events, self._open_bytes)
         with self._lock:
             self._rotated.append(file)
             self._open, self._open_events, self._open_bytes = None, 0, 0
@@ -149,7 +180,7 @@ class Lane:
             late = self._is_late(stem)
             if late:
                 stem = f"{next(self._numbers):012}"
-            made = self._write(stem, lines, self._taken) if lines else None
+            made = self._write(stem, _Lines(lines, self._taken)) if lines else ""
             if late:
                 # Its number does not tell any more that it was sealed, so it must not come back.
                 self._files.remove(file.path)
@@ -165,35 +196,40 @@ class Lane:
     def _is_late(self, stem: str) -> bool:
         """Whether a later batch stands in line already: so it is when the batch that was made of the file is in quarantine."""
         with self._lock:
-            return bool(self._sealed and stem < self._sealed[-1].stem) or stem <= self.state.batch[:12]
+            return bool(self._sealed and stem < _stem(self._sealed[-1])) or stem <= self.state.batch[:12]
 
-    def put(self, lines: Sequence[bytes], taken: Mapping[str, int]) -> None:
-        """Seal lines of sources that outlive this process themselves; `taken` is the last line of each that they reach."""
-        self.rotate()
-        while self.seal():
-            continue
+    def put(self, lines: Sequence[bytes], source: str, numbers: Sequence[int]) -> None:
+        """Seal lines of a source that outlives this process itself; `numbers` are theirs in it, in ascending order."""
         with self._sealing:
             with self._lock:
-                self._taken = {**self._taken, **taken}
-            made = self._write(f"{next(self._numbers):012}", lines, self._taken)
+                self._taken = {**self._taken, source: numbers[-1]}
+            made = self._write(f"{next(self._numbers):012}", _Lines(lines, self._taken, source, numbers))
             with self._lock:
                 self._sealed.append(made)
 
-    def forget(self, source: str) -> None:
-        """A source was read to its end: when it is given again, it is read again."""
+    def complete(self, source: str) -> None:
+        """Say durably that nothing of a source is missing any more."""
         with self._lock:
-            self._taken.pop(source, None)
+            self._taken[source] = COMPLETE
+        self._save(msgspec.structs.replace(self.state, taken=dict(self._taken)))
+
+    def forget(self, source: str) -> None:
+        """When the source is given again, it is read again."""
+        with self._lock:
+            if self._taken.pop(source, None) is None:
+                return
         self._save(msgspec.structs.replace(self.state, taken=dict(self._taken)))
 
     def head(self) -> Batch | None:
         """The batch to be posted. One that is damaged goes to quarantine, and the next one's turn comes."""
         while self._sealed:
-            file = self._sealed[0]
+            path = self._folder / self._sealed[0]
+            text = self._files.read(path)
             try:
-                return read_batch(file.stem, file.path, self._files.read(file.path))
+                return read_batch(_stem(path.name), path, text)
             except SpoolDamaged:
-                self._quarantine(file.path)
-                self._drop_head()
+                self._quarantine(path)
+                self._drop_head(len(text))
         return None
 
     def number(self, batch: Batch) -> Numbered:
@@ -206,11 +242,11 @@ class Lane:
             }
             state = msgspec.structs.replace(state, sequence=state.sequence + 1, batch=batch.stem, taken=taken)
             self._save(state)
-        return Numbered(state.producer, state.epoch, state.sequence, state.after, batch.stem not in self._found)
+        return Numbered(state.producer, state.epoch, state.sequence, state.after, int(batch.stem[:12]) > self._known)
 
     def renumber(self, batch: Batch) -> None:
         """A new producer, with its first number for this batch: the hub knows the old one's numbers as another's."""
-        self._found.clear()
+        self._known = -1
         self._save(State(self._new_producer(), sequence=1, batch=batch.stem, taken=self.state.taken))
 
     def done(self, batch: Batch, *, stored: bool) -> None:
@@ -218,21 +254,16 @@ class Lane:
         if stored:
             # Durable with the next number. If that is lost, the missing file tells the same.
             self.state = msgspec.structs.replace(self.state, after=self.state.sequence)
-        self._drop_head()
+        self._drop_head(batch.size)
         self._files.discard(batch.path)
 
     def split(self, batch: Batch) -> None:
         """Two batches in the place of one, to be posted under numbers of their own."""
-        lines = batch.lines()
-        middle = len(lines) // 2
-        if batch.stem in self._found:
-            self._found |= {batch.stem + "a", batch.stem + "b"}
-        halves = [
-            self._write(batch.stem + half, part, batch.header.taken)
-            for half, part in (("a", lines[:middle]), ("b", lines[middle:]))
-        ]
+        header = batch.header
+        whole = _Lines(batch.lines(), header.taken, header.source, header.numbers)
+        halves = [self._write(batch.stem + half, part) for half, part in zip("ab", whole.halves(), strict=True)]
         self._files.discard(batch.path)
-        self._drop_head()
+        self._drop_head(batch.size)
         with self._lock:
             self._sealed.extendleft(reversed(halves))
 
@@ -250,8 +281,10 @@ class Lane:
     def reached(self, mark: int) -> bool:
         """Whether all before a mark is done."""
         with self._lock:
-            first = min((file.stem for files in (self._rotated, self._sealed) for file in (*files,)[:1]), default="")
-        return not first or int(first[:12]) >= mark
+            waiting = [file.stem for file in self._rotated]
+            if self._sealed:
+                waiting.append(self._sealed[0])
+        return all(int(stem[:12]) >= mark for stem in waiting)
 
     def close(self) -> None:
         """What was appended is durable."""
@@ -266,47 +299,55 @@ class Lane:
             self._open = None
 
     def _recover(self) -> int:
-        """Sort what lies in the folder, and delete what is done or half-made; the next `n`."""
-        found = [(match, path) for path in sorted(self._folder.iterdir()) if (match := _NAME.fullmatch(path.name))]
-        stems = {match[1] + match[2] for match, path in found if path.suffix == ".batch"}
-        stems = {stem for stem in stems if stem >= self.state.batch}
+        """Sort what lies in the folder, and delete what is done or half-made; the last `n`."""
         last = int(self.state.batch[:12] or 0)
         self._taken = dict(self.state.taken)
         numbered_is_there = False
-        for match, path in found:
-            stem, size = match[1] + match[2], path.stat().st_size
-            last = max(last, int(match[1]))
-            is_half = any(stem[:cut] in stems for cut in range(12, len(stem)))
-            if path.suffix == ".open":
-                # Sealed already, or even done: only its deletion was lost.
-                if stem in stems or stem <= self.state.batch[:12]:
+        names = sorted(entry.name for entry in os.scandir(self._folder) if _NAME.fullmatch(entry.name))
+        for number, group in itertools.groupby(names, key=lambda name: name[:12]):
+            last = max(last, int(number))
+            together = list(group)
+            stems = {stem for name in together if name.endswith(".batch") and (stem := _stem(name)) >= self.state.batch}
+            for name in together:
+                stem, path = _stem(name), self._folder / name
+                is_half = any(stem[:cut] in stems for cut in range(12, len(stem)))
+                if name.endswith(".open"):
+                    # Sealed already, or even done: only its deletion was lost.
+                    if stem in stems or stem <= self.state.batch[:12]:
+                        self._files.discard(path)
+                    else:
+                        text = self._files.read(path)
+                        self._rotated.append(_Ended(stem, path, len(read_open(text)[0]), len(text)))
+                        self._count(self._rotated[-1].events, len(text))
+                elif is_done(stem, self.state.batch) or is_half:
                     self._files.discard(path)
                 else:
-                    lines, _ = read_open(self._files.read(path))
-                    self._rotated.append(_File(stem, path, len(lines), size))
-            elif is_done(stem, self.state.batch) or is_half:
-                self._files.discard(path)
-            else:
-                numbered_is_there = numbered_is_there or stem == self.state.batch
-                self._sealed.append(_File(stem, path, int(match[3]), size))
-                self._found.add(stem)
+                    numbered_is_there = numbered_is_there or stem == self.state.batch
+                    self._sealed.append(name)
+                    self._count(_events(name), path.stat().st_size)
         if self.state.batch and not numbered_is_there:
             self.state = msgspec.structs.replace(self.state, after=self.state.sequence)
-        for file in (*self._rotated, *self._sealed):
-            self._count(file.events, file.bytes)
-        for file in reversed(self._sealed):
+        for name in reversed(self._sealed):
             # A batch says of all sources how far they are taken, so the last one that can be read says it all.
             with contextlib.suppress(SpoolDamaged):
-                self._taken |= read_header(self._files.read(file.path)).taken
+                self._taken |= read_header(self._files.read(self._folder / name)).taken
                 break
-        return last + 1
+        return last
 
-    def _write(self, stem: str, lines: Sequence[bytes], taken: Mapping[str, int]) -> _File:
-        path = self._folder / f"{stem}-{len(lines)}.batch"
-        text = batch_text(lines, sealed_at_ms=self._now_ms(), device_field=self._device_field, taken=taken)
-        self._files.replace(path, text)
-        self._count(len(lines), len(text))
-        return _File(stem, path, len(lines), len(text))
+    def _write(self, stem: str, given: _Lines) -> str:
+        """The name of the batch file."""
+        name = f"{stem}-{len(given.lines)}.batch"
+        text = batch_text(
+            given.lines,
+            sealed_at_ms=self._now_ms(),
+            device_field=self._device_field,
+            taken=given.taken,
+            source=given.source,
+            numbers=given.numbers,
+        )
+        self._files.replace(self._folder / name, text)
+        self._count(len(given.lines), len(text))
+        return name
 
     def _load_state(self) -> State:
         path = self._folder / _STATE
@@ -325,10 +366,10 @@ class Lane:
         self._files.replace(self._folder / _STATE, msgspec.json.encode(state))
         self.state = state
 
-    def _drop_head(self) -> None:
+    def _drop_head(self, size: int) -> None:
         with self._lock:
-            file = self._sealed.popleft()
-        self._count(-file.events, -file.bytes)
+            name = self._sealed.popleft()
+        self._count(-_events(name), -size)
 
     def _count(self, events: int, size: int) -> None:
         with self._lock:

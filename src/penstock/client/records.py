@@ -31,8 +31,11 @@ class State(msgspec.Struct, frozen=True):
     taken: dict[str, int] = {}
 
 
-class Header(msgspec.Struct, frozen=True):
-    """The first line of a batch file. `bytes` and `sha256` are of the gzip bytes behind it; `raw_bytes` of the NDJSON."""
+class Header(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The first line of a batch file. `bytes` and `sha256` are of the gzip bytes behind it; `raw_bytes` of the NDJSON.
+
+    Where the events are lines of a source (feed.py), `source` names it and `numbers` are theirs, from 1.
+    """
 
     format: str
     events: int
@@ -42,13 +45,16 @@ class Header(msgspec.Struct, frozen=True):
     sealed_at_ms: int
     device_field: str
     taken: dict[str, int] = {}
+    source: str = ""
+    numbers: tuple[int, ...] = ()
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """A sealed batch as it is posted."""
+    """A sealed batch as it is posted. `size` is the whole file's."""
 
     stem: str
     path: Path
+    size: int
     header: Header
     body: bytes
 
@@ -56,21 +62,40 @@ class Batch(msgspec.Struct, frozen=True):
         """The events, without line feeds."""
         return zlib.decompress(self.body, 31).split(b"\n")[:-1]
 
+    def place(self, index: int) -> str:
+        """`file:line` of an event, if it was read from a file."""
+        header = self.header
+        return f"{file_of(header.source)}:{header.numbers[index]}" if header.source else ""
+
 
 class Dead(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line of a file in `dead/`: an event that the API will never take, as text, or in base64 where it is no UTF-8."""
+    """A line of a file in `dead/`: an event that the API will never take, as text, or in base64 where it is no UTF-8.
+
+    `place` is `file:line`, if the event was read from a file.
+    """
 
     code: str
     detail: str
     event: str = ""
     event_base64: bytes = b""
+    place: str = ""
 
     @classmethod
-    def of(cls, event: bytes, code: str, detail: str) -> Dead:
+    def of(cls, event: bytes, code: str, detail: str, place: str = "") -> Dead:
         try:
-            return cls(code, detail, event.decode())
+            return cls(code, detail, event.decode(), place=place)
         except UnicodeDecodeError:
-            return cls(code, detail, event_base64=event)
+            return cls(code, detail, event_base64=event, place=place)
+
+
+def source_of(file: str, version: str) -> str:
+    """The name of a source: a file as it is now. Another `version` is another content, or another way to read it."""
+    return f"{file}#{version}"
+
+
+def file_of(source: str) -> str:
+    """The file of a source."""
+    return source.rpartition("#")[0]
 
 
 def open_lines(lines: Sequence[bytes]) -> bytes:
@@ -97,7 +122,7 @@ def read_batch(stem: str, path: Path, text: bytes) -> Batch:
     body = text[text.index(b"\n") + 1 :]
     if len(body) != header.bytes or hashlib.sha256(body).hexdigest() != header.sha256:
         raise SpoolDamaged(f"{path} is damaged: its body is not the one that was sealed.")
-    return Batch(stem, path, header, body)
+    return Batch(stem, path, len(text), header, body)
 
 
 def read_header(text: bytes) -> Header:
@@ -111,10 +136,29 @@ def read_header(text: bytes) -> Header:
     return header
 
 
-def batch_text(lines: Sequence[bytes], *, sealed_at_ms: int, device_field: str, taken: Mapping[str, int]) -> bytes:
+def batch_text(
+    lines: Sequence[bytes],
+    *,
+    sealed_at_ms: int,
+    device_field: str,
+    taken: Mapping[str, int],
+    source: str,
+    numbers: Sequence[int],
+) -> bytes:
     """A batch file."""
     raw = b"\n".join(lines) + b"\n"
     body = zlib.compress(raw, 1, 31)
     digest = hashlib.sha256(body).hexdigest()
-    header = Header(_FORMAT, len(lines), len(raw), len(body), digest, sealed_at_ms, device_field, dict(taken))
+    header = Header(
+        format=_FORMAT,
+        events=len(lines),
+        raw_bytes=len(raw),
+        bytes=len(body),
+        sha256=digest,
+        sealed_at_ms=sealed_at_ms,
+        device_field=device_field,
+        taken=dict(taken),
+        source=source,
+        numbers=tuple(numbers),
+    )
     return msgspec.json.encode(header) + b"\n" + body

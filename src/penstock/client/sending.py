@@ -28,12 +28,23 @@ PAUSE_S = (5.0, 300.0)
 _IDLE_S = 1.0
 
 
+def headers_of(device_field: str, key: str | None = None) -> dict[str, str]:
+    """What every batch is posted with, beside its number."""
+    headers = {
+        "Content-Type": "application/x-ndjson",
+        "Content-Encoding": "gzip",
+        "Penstock-Device-Field": device_field,
+    }
+    return {**headers, "Authorization": f"Bearer {key}"} if key else headers
+
+
 class Rejected(msgspec.Struct, frozen=True):
-    """An event that the API will never take, as it was sent, and why."""
+    """An event that the API will never take, as it was sent, and why; `place` is `file:line` if it was read from a file."""
 
     event: bytes
     code: str
     detail: str
+    place: str = ""
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -54,9 +65,11 @@ class Stats(msgspec.Struct, frozen=True):
 class Board:
     """What all lanes know together. Thread-safe."""
 
-    def __init__(self, on_rejected: Callable[[Rejected], None] | None) -> None:
+    def __init__(self, on_rejected: Callable[[Rejected], None] | None, clock: Clock) -> None:
         self.changed = threading.Event()
         self.why = ""
+        self.settled_at = clock.monotonic()
+        self._clock = clock
         self._state = "idle"
         self._on_rejected = on_rejected
         self._lock = threading.Lock()
@@ -64,7 +77,7 @@ class Board:
 
     def anew(self) -> Board:
         """With counts from 0 and locks that nobody has."""
-        return Board(self._on_rejected)
+        return Board(self._on_rejected, self._clock)
 
     def settled(self, accepted: int, duplicate: bool, rejected: Sequence[Rejected]) -> None:
         with self._lock:
@@ -72,6 +85,7 @@ class Board:
             self._duplicates += accepted if duplicate else 0
             self._rejected += len(rejected)
             self._state, self.why = "sending", ""
+            self.settled_at = self._clock.monotonic()
         if self._on_rejected is not None:
             for one in rejected:
                 self._on_rejected(one)
@@ -80,6 +94,7 @@ class Board:
     def elsewhere(self, events: int) -> None:
         with self._lock:
             self._elsewhere += events
+            self.settled_at = self._clock.monotonic()
         self.changed.set()
 
     def trouble(self, why: str, *, state: str = "waiting") -> None:
@@ -140,7 +155,11 @@ class Sender:
                 elif wait_s:
                     self._clock.wait(self._stop, wait_s)
         finally:
-            self._transport.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the connection. Another step opens a new one."""
+        self._transport.close()
 
     def step(self) -> float | None:
         """Post the oldest batch once. Seconds to wait before the next try; None if there is nothing to send."""
@@ -192,8 +211,10 @@ class Sender:
         rejected: list[Rejected] = []
         if settled.rejected:
             lines = batch.lines()
-            rejected = [Rejected(lines[one.index], one.code, one.detail) for one in settled.rejected]
-            self._lane.bury(numbered, [Dead.of(one.event, one.code, one.detail) for one in rejected])
+            rejected = [
+                Rejected(lines[one.index], one.code, one.detail, batch.place(one.index)) for one in settled.rejected
+            ]
+            self._lane.bury(numbered, [Dead.of(one.event, one.code, one.detail, one.place) for one in rejected])
         self._lane.done(batch, stored=settled.stored)
         self._failed = 0
         self._board.settled(settled.accepted, settled.duplicate, rejected)

@@ -10,8 +10,12 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from penstock.client.lane import Lane
 from penstock.files import Files, Held
@@ -72,7 +76,9 @@ class Spool:
             held.release()
 
     def _own(self, lanes: int) -> list[Lane]:
-        """The lanes of the first set that nobody uses. Their number stays as it is until all is sent, for the order of each device."""
+        """The lanes of the first set that nobody uses. Their number stays as it is until all is sent, for the order of each device,
+        and until what is being read from sources is read.
+        """
         for number in itertools.count():
             folder = self.folder / str(number)
             self._files.make_folders(folder)
@@ -81,7 +87,7 @@ class Spool:
                 continue
             self._held.append(held)
             found = [self._make(path) for path in _lane_folders(folder)]
-            if any(lane.bytes for lane in found):
+            if any(lane.bytes or lane.taken for lane in found):
                 return found
             return [*found[:lanes], *(self._make(folder / str(n)) for n in range(len(found), lanes))]
         raise AssertionError("numbers do not end")
@@ -98,6 +104,24 @@ class Spool:
                 yield from lanes
             else:
                 held.release()
+
+
+class LaneOf:
+    """Event → lane, by its device; lane 0 where that cannot be read: the API will say what is wrong."""
+
+    def __init__(self, device_field: str, lanes: int) -> None:
+        named: Any = msgspec.defstruct("Named", [("device", str, "")], rename={"device": device_field})
+        self._decode = msgspec.json.Decoder(named).decode
+        self._lanes = lanes
+
+    def __call__(self, line: bytes) -> int:
+        if self._lanes == 1:
+            return 0
+        try:
+            device: str = self._decode(line).device
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return 0
+        return zlib.crc32(device.encode()) % self._lanes
 
 
 def _lane_folders(folder: Path) -> list[Path]:

@@ -1,0 +1,240 @@
+"""Feeds the lines of files through the lanes of a spool to the hub: `penstock send`.
+
+Each lane has a thread: it seals the lines that it is handed as a batch of the spool, and sends until the lane is empty, so little more
+than one batch for each lane lies in the spool. The batch says which lines of which file it holds, and the lane's durable state says up to
+which line they are sealed. So whoever dies in between, the next `Feed` of this spool sends what was sealed under its old number,
+skips as many lines of the file as each lane has taken, and goes on behind them.
+
+A file is known by its path, size and time of change, and by the device field, which decides about the lane of a line. One that
+was begun and is another now is refused: it cannot be said which of its lines are taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import random
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from penstock.client.lane import COMPLETE, Lane
+from penstock.client.records import RAW_BYTES_MAX, file_of, source_of
+from penstock.client.sending import Board, Rejected, Sender, Stats, headers_of
+from penstock.client.spool import LaneOf, Spool
+from penstock.client.transport import Transport
+from penstock.clock import Clock
+from penstock.errors import FileChanged, GaveUp
+from penstock.files import Files
+
+STDIN = "-"
+_WAITING_MAX = 1
+_LOOK_S = 0.2
+
+
+class _Part(msgspec.Struct, frozen=True, gc=False):
+    source: str
+    lines: Sequence[bytes]
+    numbers: Sequence[int]
+
+
+class Feed:
+    """`begin`, `add`, `end` and `finish` are for one thread. What a lane failed with is raised by all of them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        connect: Callable[[], Transport],
+        *,
+        lanes: int,
+        device_field: str,
+        batch_events: int,
+        timeout_s: float,
+        on_rejected: Callable[[Rejected], None],
+        clock: Clock,
+        files: Files,
+    ) -> None:
+        transports = [connect()]  # raises SettingsError for an address that cannot be one, before anything is touched
+        self._spool = spool = Spool(
+            folder,
+            files,
+            lanes=lanes,
+            device_field=device_field,
+            now_ms=clock.now_ms,
+            new_producer=lambda: f"send-{secrets.token_hex(8)}",
+        )
+        self._board = Board(on_rejected, clock)
+        self._device_field = device_field
+        self._batch_events = batch_events
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._lane_of = LaneOf(device_field, len(spool.lanes))
+        self._queues: list[queue.Queue[_Part | None]] = [queue.Queue(_WAITING_MAX) for _ in spool.lanes]
+        self._lines: list[list[bytes]] = [[] for _ in spool.lanes]
+        self._numbers: list[list[int]] = [[] for _ in spool.lanes]
+        self._bytes = [0] * len(spool.lanes)
+        self._sources: list[str] = []
+        self._source = ""
+        self._skip = [0] * len(spool.lanes)
+        self._skipped = 0
+        self._forget_ended()
+        headers = headers_of(device_field)
+        self._threads = []
+        for number, lane in enumerate((*spool.lanes, *spool.left)):
+            transport = transports.pop() if transports else connect()
+            sender = Sender(lane, transport, self._board, clock, random.random, headers)
+            given = (lane, sender, self._queues[number] if number < len(self._queues) else None)
+            self._threads.append(threading.Thread(target=self._run, args=given, name=f"lane-{number}", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def lanes(self) -> int:
+        """How many there are: not those asked for, where the spool is being used with others."""
+        return len(self._queues)
+
+    @property
+    def skipped(self) -> int:
+        """Lines that an earlier process has taken."""
+        return self._skipped
+
+    def _forget_ended(self) -> None:
+        lanes = self._spool.lanes
+        for lane in reversed(lanes):
+            for source in lane.taken:
+                # What came through a pipe comes from the beginning, if it comes again.
+                if file_of(source) == STDIN or lanes[0].taken.get(source) == COMPLETE:
+                    lane.forget(source)
+
+    def source(self, file: str) -> str:
+        """The name under which the lanes know a file, or `STDIN`. Raises FileChanged, OSError."""
+        if file == STDIN:
+            return source_of(file, secrets.token_hex(8))
+        path = Path(file).resolve()
+        about = path.stat()
+        source = source_of(str(path), f"{about.st_size}:{about.st_mtime_ns}:{self._device_field}")
+        for lane in self._spool.lanes:
+            for other, line in lane.taken.items():
+                if file_of(other) == str(path) and other != source:
+                    raise FileChanged(
+                        f"{file} was being sent from the spool in {self._spool.folder}, up to about line {line}, and is another since: its "
+                        "content, its time of change or --device-field. Nothing of it was taken now. Make it what it was to go on behind "
+                        "that line, or send it by another name or with another --spool to send all of it."
+                    )
+        return source
+
+    def begin(self, source: str) -> None:
+        """What is added from now on are lines of this source."""
+        self._source = source
+        self._skip = [lane.taken.get(self._source, 0) for lane in self._spool.lanes]
+        self._sources.append(self._source)
+
+    def add(self, line: bytes, number: int) -> None:
+        """Take the line of this number, from 1, without its line feed. Waits while its lane is full."""
+        lane = self._lane_of(line)
+        if number <= self._skip[lane]:
+            self._skipped += 1
+            return
+        if self._bytes[lane] + len(line) > RAW_BYTES_MAX:
+            self._hand(lane)
+        lines = self._lines[lane]
+        lines.append(line)
+        self._numbers[lane].append(number)
+        self._bytes[lane] += len(line) + 1
+        if len(lines) >= self._batch_events:
+            self._hand(lane)
+
+    def reject(self, number: int, code: str, detail: str) -> None:
+        """Count a line that cannot even be sent."""
+        if number > self._skip[0]:
+            self._board.settled(0, False, [Rejected(b"", code, detail, f"{file_of(self._source)}:{number}")])
+
+    def end(self) -> None:
+        """The file ends."""
+        for lane in range(len(self._queues)):
+            self._hand(lane)
+
+    def finish(self) -> None:
+        """Returns when the hub has answered for all."""
+        for waiting in self._queues:
+            self._put(waiting, None)
+        while any(thread.is_alive() for thread in self._threads):
+            self._check()
+            self._wait()
+        self._check()
+
+    def forget(self) -> None:
+        """After `finish`, and after somebody was told: who gives a file again wants to have it sent again.
+
+        All lanes must forget or none, so first one of them says that the source is complete.
+        """
+        first, *others = self._spool.lanes
+        for source in self._sources:
+            first.complete(source)
+            for lane in (*others, first):
+                lane.forget(source)
+
+    def stats(self) -> Stats:
+        """Counts since the beginning."""
+        spool = self._spool
+        return self._board.stats(0, spool.events, spool.bytes, spool.quarantined)
+
+    def close(self, within_s: float) -> None:
+        """Send nothing more; an answer that is under way gets so long. What is in the spool stays there."""
+        self._stop.set()
+        for waiting in self._queues:
+            with contextlib.suppress(queue.Full):
+                waiting.put_nowait(None)
+        until = self._clock.monotonic() + within_s
+        for thread in self._threads:
+            thread.join(max(0.0, until - self._clock.monotonic()))
+        self._spool.close()
+
+    def _hand(self, lane: int) -> None:
+        if self._lines[lane]:
+            self._put(self._queues[lane], _Part(self._source, self._lines[lane], self._numbers[lane]))
+            self._lines[lane], self._numbers[lane], self._bytes[lane] = [], [], 0
+
+    def _put(self, waiting: queue.Queue[_Part | None], part: _Part | None) -> None:
+        while True:
+            self._check()
+            try:
+                return waiting.put(part, timeout=_LOOK_S)
+            except queue.Full:
+                continue
+
+    def _wait(self) -> None:
+        self._clock.wait(self._board.changed, _LOOK_S)
+        self._board.changed.clear()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        silent_s = self._clock.monotonic() - self._board.settled_at
+        if silent_s > self._timeout_s and self._board.why:
+            raise GaveUp(f"Nothing was taken for {silent_s:.0f} s. The last answer: {self._board.why}")
+
+    def _run(self, lane: Lane, sender: Sender, parts: queue.Queue[_Part | None] | None) -> None:
+        """A lane's thread."""
+        try:
+            self._drain(lane, sender)
+            while parts is not None and (part := parts.get()) is not None and not self._stop.is_set():
+                lane.put(part.lines, part.source, part.numbers)
+                self._drain(lane, sender)
+        except BaseException as error:
+            self._failure = self._failure or error
+        finally:
+            sender.close()
+            self._board.changed.set()
+
+    def _drain(self, lane: Lane, sender: Sender) -> None:
+        while lane.seal():
+            continue
+        while not self._stop.is_set() and (wait_s := sender.step()) is not None:
+            if wait_s:
+                self._clock.wait(self._stop, wait_s)

@@ -1,0 +1,285 @@
+"""Files fed through a spool to an API in memory, and gone on with after a death at any act on the disk."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from penstock.client import feed as feed_module
+from penstock.client import sending
+from penstock.client.feed import STDIN, Feed
+from penstock.client.lane import DEAD, Lane
+from penstock.client.sending import Rejected, Stats
+from penstock.client.spool import LaneOf
+from penstock.client.transport import Answer
+from penstock.clock import SystemClock
+from penstock.errors import FileChanged, GaveUp
+from penstock.files import Files
+from tests.client.conftest import MemoryApi, lost_answer, never_arrived, problem, says
+from tests.client.power import PowerCut, PowerFiles
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "BACKOFF_S", (0.001, 0.01))
+    monkeypatch.setattr(sending, "PAUSE_S", (0.001, 0.01))
+    monkeypatch.setattr(feed_module, "_LOOK_S", 0.01)
+
+
+def events(count: int, devices: int = 5) -> list[bytes]:
+    return [b'{"deviceId":"d-%d","n":%d}' % (n % devices, n) for n in range(count)]
+
+
+class Machine:
+    """A folder with a file and a spool, and who feeds it from there: again and again, as after crashes."""
+
+    def __init__(self, folder: Path, lines: Sequence[bytes]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "file.ndjson"
+        self.rejected: list[Rejected] = []
+        self.told = False
+        self.write(lines)
+
+    def write(self, lines: Sequence[bytes], *, at_s: int = 1_000_000) -> None:
+        self.file.write_bytes(b"".join(line + b"\n" for line in lines))
+        os.utime(self.file, (at_s, at_s))
+
+    def feed(
+        self,
+        api: MemoryApi,
+        *,
+        lanes: int = 1,
+        batch: int = 3,
+        files: Files | None = None,
+        file: str = "",
+        until: int | None = None,
+        timeout_s: float = 60.0,
+    ) -> tuple[Stats, int]:
+        """`until`: die behind so many lines."""
+        feed = Feed(
+            self.folder / "spool",
+            lambda: api,
+            lanes=lanes,
+            device_field="deviceId",
+            batch_events=batch,
+            timeout_s=timeout_s,
+            on_rejected=self.rejected.append,
+            clock=SystemClock(),
+            files=files or Files(),
+        )
+        try:
+            feed.begin(feed.source(file or str(self.file)))
+            for number, line in enumerate(self.file.read_bytes().splitlines(), 1):
+                feed.add(line, number)
+                if number == until:
+                    raise PowerCut
+            feed.end()
+            feed.finish()
+            found = feed.stats(), feed.skipped
+            self.told = True
+            feed.forget()
+            return found
+        finally:
+            feed.close(10.0)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_all_arrive_once_and_in_order_for_each_device(tmp_path: Path, lanes: int) -> None:
+    api = MemoryApi()
+    stats, skipped = Machine(tmp_path, events(100)).feed(api, lanes=lanes)
+    assert (stats.accepted, stats.rejected, stats.waiting_events, skipped) == (100, 0, 0, 0)
+    assert sorted(api.stored) == sorted(events(100))
+    for device in range(5):
+        mine = [line for line in events(100) if b'"d-%d"' % device in line]
+        assert [line for line in api.stored if b'"d-%d"' % device in line] == mine
+    assert api.gaps == 0
+
+
+def test_a_file_that_is_given_again_is_sent_again(tmp_path: Path) -> None:
+    api, machine = MemoryApi(), Machine(tmp_path, events(10))
+    assert [machine.feed(api)[0].accepted for _ in range(2)] == [10, 10]
+    assert api.stored == events(10) * 2
+
+
+def every_cut(folder: Path, *, renames: bool | None, lanes: int) -> Iterator[list[bytes]]:
+    """What is stored when the feed dies at its n-th act on the disk and the same is given again. `renames` is None for a kill."""
+    for cut_at in itertools.count(1):
+        machine, api = Machine(folder / str(cut_at), events(20)), MemoryApi(None, lost_answer, None, lost_answer)
+        files = PowerFiles(cut_at)
+        try:
+            machine.feed(api, lanes=lanes, files=files)
+        except PowerCut:
+            if renames is not None:
+                files.lose(renames=renames)
+            if not machine.told:
+                machine.feed(api, lanes=lanes)
+            yield api.stored
+        else:
+            assert cut_at > 40
+            return
+
+
+def is_right(stored: list[bytes]) -> bool:
+    once = len(stored) == len(set(stored)) == 20
+    return once and all(
+        [line for line in stored if b'"d-%d"' % device in line] == events(20)[device::5] for device in range(5)
+    )
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("renames", [None, True, False])
+def test_the_same_command_goes_on_wherever_it_died(tmp_path: Path, renames: bool | None, lanes: int) -> None:
+    assert all(map(is_right, every_cut(tmp_path, renames=renames, lanes=lanes)))
+
+
+def test_control_without_what_was_taken_lines_are_stored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lane, "taken", {})
+    assert not all(map(is_right, every_cut(tmp_path, renames=None, lanes=1)))
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_when_it_dies_at_the_end_all_is_forgotten_or_nothing(tmp_path: Path, lanes: int) -> None:
+    """Everything is answered, and the notes about the file are being dropped: the next time all of it is sent, or none."""
+    again = set()
+    for cut_at in itertools.count(1):
+        machine, api = Machine(tmp_path / str(cut_at), events(20)), MemoryApi()
+        try:
+            machine.feed(api, lanes=lanes, files=PowerFiles(cut_at))
+        except PowerCut:
+            if machine.told:
+                again.add(machine.feed(api, lanes=lanes)[0].accepted)
+        else:
+            break
+    assert again == {0, 20}
+
+
+def test_lines_that_were_handed_to_no_lane_are_read_again(tmp_path: Path) -> None:
+    api, machine = MemoryApi(), Machine(tmp_path, events(50))
+    for until in (7, 8, 20, 31):
+        with pytest.raises(PowerCut):
+            machine.feed(api, lanes=2, until=until)
+    machine.feed(api, lanes=2)
+    assert sorted(api.stored) == sorted(events(50))
+
+
+def test_the_number_of_lanes_stays_until_the_file_is_sent(tmp_path: Path) -> None:
+    api, machine = MemoryApi(), Machine(tmp_path, events(50))
+    with pytest.raises(PowerCut):
+        machine.feed(api, lanes=3, until=40)
+    machine.feed(api, lanes=1)
+    assert sorted(api.stored) == sorted(events(50))
+    assert len(list(tmp_path.glob("spool/0/*/state.json"))) == 3
+
+
+def test_a_file_that_changed_in_between_is_refused(tmp_path: Path) -> None:
+    api, machine = MemoryApi(), Machine(tmp_path, events(50))
+    with pytest.raises(PowerCut):
+        machine.feed(api, until=40)
+    machine.write(events(60), at_s=2_000_000)
+    stored = len(api.stored)
+    with pytest.raises(FileChanged, match=r"file\.ndjson"):
+        machine.feed(api)
+    assert len(api.stored) - stored <= 3  # what lay in the spool
+    machine.write(events(50))
+    machine.feed(api)
+    assert api.stored == events(50)
+
+
+def test_what_comes_through_a_pipe_comes_from_the_beginning(tmp_path: Path) -> None:
+    api, machine = MemoryApi(), Machine(tmp_path, events(9))
+    with pytest.raises(PowerCut):
+        machine.feed(api, file=STDIN, until=7)
+    taken = len(api.stored)
+    machine.feed(api, file=STDIN)
+    assert api.stored[-9:] == events(9) and 9 <= len(api.stored) <= taken + 9 + 6
+    assert all(b"#" not in path.read_bytes() for path in tmp_path.glob("spool/0/*/state.json"))
+
+
+def test_rejected_lines_are_named_by_their_place_also_after_a_death(tmp_path: Path) -> None:
+    lines = [b'{"deviceId":"a"}', b"!", b'{"deviceId":"b"}', b"!", b"!", b"!"]
+    api, machine = MemoryApi(), Machine(tmp_path, lines)
+    with pytest.raises(PowerCut):
+        machine.feed(api, batch=2, until=5)
+    stats, _ = machine.feed(api, batch=2)
+    assert [(one.place, one.code) for one in machine.rejected] == [
+        (f"{machine.file}:{n}", "not_json") for n in (2, 4, 5, 6)
+    ]
+    kept = b"".join(path.read_bytes() for path in sorted((tmp_path / "spool" / DEAD).iterdir()))
+    assert kept.count(b"file.ndjson:") == 4
+    assert stats.waiting_events == 0
+
+
+def test_halves_of_a_batch_keep_the_places(tmp_path: Path) -> None:
+    lines = [*events(5, 1), b"!", *events(3, 1)]
+    api, machine = MemoryApi(lines_max=2), Machine(tmp_path, lines)
+    stats, _ = machine.feed(api, batch=9)
+    assert (stats.accepted, [one.place.rpartition(":")[2] for one in machine.rejected]) == (8, ["6"])
+    assert api.gaps == 0
+
+
+def test_an_event_that_is_too_large_alone_is_rejected_by_name(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, events(2))
+    stats, _ = machine.feed(MemoryApi(lines_max=0))
+    assert (stats.accepted, stats.rejected) == (0, 2)
+    assert [one.code for one in machine.rejected] == ["batch_too_large"] * 2
+
+
+def test_it_gives_up_after_a_time_without_any_progress_and_keeps_what_was_taken(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, events(9))
+    with pytest.raises(GaveUp, match="refused"):
+        machine.feed(MemoryApi(*[never_arrived] * 100_000), timeout_s=0.2)
+    api = MemoryApi()
+    machine.feed(api)
+    assert api.stored == events(9)
+
+
+def test_a_spool_that_cannot_be_written_ends_it(tmp_path: Path) -> None:
+    class Full(Files):
+        def replace(self, path: Path, body: bytes) -> None:
+            if path.suffix == ".batch":
+                raise OSError(28, "No space left on device")
+            super().replace(path, body)
+
+    api, machine = MemoryApi(), Machine(tmp_path, events(9))
+    with pytest.raises(OSError, match="No space left"):
+        machine.feed(api, files=Full())
+    machine.feed(api)
+    assert api.stored == events(9)
+
+
+def test_little_lies_in_the_spool_while_the_api_is_down(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    class Waiting(MemoryApi):
+        def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:
+            assert gate.wait(30)
+            most.append(sum(1 for _ in tmp_path.glob("spool/0/*/*.batch")))
+            return super().post(body, headers)
+
+    most: list[int] = []
+    api, machine = Waiting(says(problem(503, "hub_busy", retryable=True))), Machine(tmp_path, events(50))
+    opener = threading.Timer(0.3, gate.set)
+    opener.start()
+    machine.feed(api, batch=1)
+    opener.join()
+    assert api.stored == events(50) and max(most) == 1
+
+
+def test_a_device_is_always_in_one_lane() -> None:
+    lanes = LaneOf("deviceId", 4)
+    assert lanes(b'{"deviceId":"d-1","x":{"deviceId":"d-2"}}') == zlib.crc32(b"d-1") % 4
+    assert [lanes(line) for line in (b"{", b"[]", b'{"deviceId":3}', b'"\xff"', b"{}")] == [0] * 5
+
+
+def test_a_line_that_is_nested_too_deeply_is_for_the_api_to_judge(tmp_path: Path) -> None:
+    api = MemoryApi()
+    deep = b'{"x":' + b"[" * 50_000 + b"]" * 50_000 + b',"deviceId":"d"}'
+    Machine(tmp_path, [deep, *events(2)]).feed(api, lanes=2)
+    assert deep in api.stored
