@@ -18,7 +18,7 @@ import pytest
 from penstock.client.client import Client
 from penstock.client.lane import DEAD
 from penstock.client.sending import Rejected
-from penstock.errors import FlushTimeout, SpoolClosed, SpoolFull
+from penstock.errors import FlushTimeout, HubUnavailable, SpoolClosed, SpoolFull
 from tests.client.conftest import Fault, MemoryApi, answer, lost_answer, never_arrived, problem, says
 
 
@@ -154,6 +154,25 @@ def test_a_full_spool_says_so_or_waits(tmp_path: Path) -> None:
             client.send(event(n))
         client.flush()
     assert numbers(api) == list(range(200))
+
+
+def test_a_spool_from_which_the_hub_takes_nothing_for_too_long_is_full(tmp_path: Path) -> None:
+    away = True
+
+    def while_away(_api: MemoryApi, _body: bytes, _number: str) -> None:
+        if away:
+            raise HubUnavailable("away")
+
+    api = MemoryApi(*[while_away] * 10_000)
+    with client_of(tmp_path, api, spool_age_s_max=0.3) as client:
+        with pytest.raises(SpoolFull, match=r"for the hub to take anything, and may wait .* This event was not taken"):
+            while True:
+                client.send(event(client.stats().taken))
+        away = False
+        client.flush()
+        client.send(event(client.stats().taken))
+        client.flush()
+        assert numbers(api) == list(range(client.stats().taken))
 
 
 def test_a_second_process_takes_a_set_of_its_own_and_what_it_leaves_is_sent(tmp_path: Path) -> None:

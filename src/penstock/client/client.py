@@ -47,9 +47,10 @@ class Client:
     """A device's or gateway's way to the hub. Thread-safe.
 
     `lanes`: how many batches may be under way; a device is always in the same, so its order is kept. `batch_events`, and `linger_s`
-    after its first event, end a batch. A spool that holds `spool_bytes_max` bytes makes `send` raise SpoolFull, or wait
-    (`when_full="block"`). `on_rejected` is called in a lane's thread for each event that the API will never take; each is also
-    in `{spool}/dead`.
+    after its first event, end a batch. A spool that holds `spool_bytes_max` bytes, or from which the hub has taken nothing for
+    `spool_age_s_max`, makes `send` raise SpoolFull, or wait (`when_full="block"`); nothing that was taken is dropped. (The age is
+    measured while this process lives, since a device's clock may be wrong by years; the hub remembers a batch's number for 14 days.)
+    `on_rejected` is called in a lane's thread for each event that the API will never take; each is also in `{spool}/dead`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Client:
         linger_s: float = 1.0,
         sync: Literal["group", "each"] = "group",
         spool_bytes_max: int = 1 << 30,
+        spool_age_s_max: float = 13 * 86400.0,
         when_full: Literal["raise", "block"] = "raise",
         on_rejected: Callable[[Rejected], None] | None = None,
         timeout_s: float = 60.0,
@@ -82,6 +84,7 @@ class Client:
         self._linger_s = linger_s
         self._sync = sync
         self._bytes_max = spool_bytes_max
+        self._age_s_max = spool_age_s_max
         self._when_full = when_full
         self._clock: Clock = clock or SystemClock()
         self._files = files or Files()
@@ -239,16 +242,26 @@ class Client:
     def _make_room(self, size: int) -> None:
         """Wait while batches are made slower than events come; and for a full spool, if that is how it is set."""
         while not self._closed and not self._forked:
-            full = self._spool.bytes + size > self._bytes_max
-            if full and self._when_full == "raise":
+            why = self._full(size)
+            if why and self._when_full == "raise":
                 raise SpoolFull(
-                    f"The spool in {self._folder} holds {self._spool.bytes} bytes, and may hold {self._bytes_max}. This event was not "
-                    f"taken. The last answer of the API: {self._board.why or 'none'}"
+                    f"The spool in {self._folder} {why}. This event was not taken. The last answer of the API: {self._board.why or 'none'}"
                 )
-            if not full and all(lane.unsealed < _UNSEALED_MAX for lane in self._spool.lanes):
+            if not why and all(lane.unsealed < _UNSEALED_MAX for lane in self._spool.lanes):
                 return
             self._clock.wait(self._board.changed, GROUP_SYNC_S)
             self._board.changed.clear()
+
+    def _full(self, size: int) -> str:
+        """Why the spool takes no event of this size, or nothing."""
+        if self._spool.bytes + size > self._bytes_max:
+            return f"holds {self._spool.bytes} bytes, and may hold {self._bytes_max}"
+        if not self._spool.events:
+            self._board.begin()
+        silent_s = self._clock.monotonic() - self._board.settled_at
+        if silent_s > self._age_s_max:
+            return f"waits since {silent_s:.0f} s for the hub to take anything, and may wait {self._age_s_max:.0f} s"
+        return ""
 
     def _seal_all(self) -> None:
         """The thread that syncs, ends batches that are old enough, and seals them."""

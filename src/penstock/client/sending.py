@@ -91,6 +91,10 @@ class Board:
                 self._on_rejected(one)
         self.changed.set()
 
+    def begin(self) -> None:
+        """From now on something waits for the hub."""
+        self.settled_at = self._clock.monotonic()
+
     def elsewhere(self, events: int) -> None:
         with self._lock:
             self._elsewhere += events
