@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from bench.client import client_run
 from bench.codec import floor_ns, gzip_bodies, telemetry
 from bench.growth import RANGES, Bench, Growth, Say, Soak, show_growth, show_soak
 from bench.memory import warm_memory
@@ -27,6 +28,7 @@ from bench.system import BenchError
 
 SINGLES = 4000
 KINDS = ("batches", "single", "single numbered")
+CLIENT = "client"
 _ROOM = 3  # The log, as much again for the archive, and for what the measured windows add.
 
 
@@ -42,7 +44,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     add("--log-bytes", type=int, default=5_000_000_000, help="far end of the range of the log (5000000000)")
     add("--soak", type=float, nargs="?", const=600.0, metavar="SECONDS", help="memory over a long run (600 s)")
-    add("--only", action="append", choices=KINDS, help="only this kind of load; may be given several times")
+    add("--only", action="append", choices=(*KINDS, CLIENT), help="only this; may be given several times")
     add("--seconds", type=float, default=20.0, help="length of each measured window (20)")
     add("--warm-up", type=float, default=3.0, help="seconds of load before it (3)")
     add("--floor-seconds", type=float, default=2.0, help="length of each measurement of the codec floor (2)")
@@ -54,6 +56,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--events-per-batch", type=int, default=1000)
     add("--devices", type=int, default=5000)
     add("--bodies", type=int, default=400, help="distinct request bodies (400)")
+    add("--client-events", type=int, default=400_000, help="events of the client's measurements (400000)")
+    add("--spool-bytes", type=int, default=10_000_000_000, help="size of a large spool (10000000000)")
     add("--seed", type=int, default=1)
     add("--folder", type=Path, default=Path("build/bench"), help="where data lie meanwhile (build/bench)")
     given = parser.parse_args(words)
@@ -78,6 +82,8 @@ def options_of(given: argparse.Namespace) -> Options:
         devices=given.devices,
         bodies=given.bodies,
         seed=given.seed,
+        client_events=given.client_events,
+        spool_bytes=given.spool_bytes,
     )
 
 
@@ -124,7 +130,13 @@ def load_runs(folder: Path, options: Options, prepared: Prepared, kinds: Sequenc
             say(f"{work.name}: {work.connections} connections, {options.warm_up_s:g} + {options.seconds:g} s")
             runs.append(run(folder / work.name.replace(" ", "-"), options, work))
     after_ns = floor_ns(bodies, events=options.events_per_batch, seconds=options.floor_s)
-    return make_report(options, floor_of(before_ns, after_ns), runs)
+    client = None
+    if CLIENT in kinds:
+        say(f"client: {options.client_events:,} events three times, and a spool of {options.spool_bytes / 1e9:g} GB")
+        client = client_run(
+            folder / CLIENT, options.up(), path, events=options.client_events, spool_bytes=options.spool_bytes
+        )
+    return make_report(options, floor_of(before_ns, after_ns), runs, client)
 
 
 def main(words: Sequence[str]) -> int:
@@ -155,7 +167,7 @@ def main(words: Sequence[str]) -> int:
                 figures = Bench(folder, options, prepared.batches, say).soak(given.soak)
                 show_soak(figures, out)
             else:
-                figures = load_runs(folder, options, prepared, given.only or KINDS, say)
+                figures = load_runs(folder, options, prepared, given.only or (*KINDS, CLIENT), say)
                 show(figures, out)
     except KeyboardInterrupt:
         return 130

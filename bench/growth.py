@@ -14,8 +14,8 @@ from rich.table import Table
 from bench.codec import floor_ns
 from bench.load import Plan, Result
 from bench.report import Machine, Target, machine, target, targets_table
-from bench.run import Loader, Options, Window, Work, measure, megabytes, plan_of, settle
-from bench.system import Memory, System
+from bench.run import Loader, Options, Window, Work, measure, plan_of, settle
+from bench.system import Memory, System, megabytes
 
 RATIO_MOST = 1.3
 RANGES = ("partitions", "devices", "log")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from bench.client import ClientRun
 from bench.run import Options, PartUse, Run
 
 THROUGHPUT_LEAST = 0.45
@@ -17,6 +18,10 @@ CPU_MOST = 3.2
 SINGLE_CPU_US_MOST = 80.0
 WORKER_MB_MOST = 300.0
 ARCHIVER_MB_MOST = 150.0
+SEND_US_MOST = 20.0
+THROUGH_LEAST = 40_000.0
+FILE_LEAST = 150_000.0
+CLIENT_MB_MOST = 64.0
 
 
 class Floor(msgspec.Struct, frozen=True):
@@ -53,6 +58,7 @@ class Report(msgspec.Struct, frozen=True):
     options: Options
     floor: Floor
     runs: list[Run]
+    client: ClientRun | None
     targets: list[Target]
 
 
@@ -65,10 +71,10 @@ def floor_of(before_ns: float, after_ns: float) -> Floor:
     return Floor(round(before_ns, 1), round(after_ns, 1), round(mean_ns, 1), round(1e9 / mean_ns, 1))
 
 
-def make_report(options: Options, floor: Floor, runs: Sequence[Run]) -> Report:
-    return Report(
-        not any(run.problems for run in runs), machine(), options, floor, list(runs), list(_targets(floor, runs))
-    )
+def make_report(options: Options, floor: Floor, runs: Sequence[Run], client: ClientRun | None) -> Report:
+    targets = [*_targets(floor, runs), *(_client_targets(client) if client else ())]
+    ok = not any(run.problems for run in (*runs, client) if run)
+    return Report(ok, machine(), options, floor, list(runs), client, targets)
 
 
 def target(what: str, value: float, bound: float, unit: str, *, at_least: bool = False) -> Target:
@@ -90,12 +96,21 @@ def _targets(floor: Floor, runs: Sequence[Run]) -> list[Target]:
             targets.append(
                 target(f"{run.name}: server CPU per event", run.server_cpu_us_per_event, SINGLE_CPU_US_MOST, "µs")
             )
-    for kind, bound in (("api", WORKER_MB_MOST), ("archiver", ARCHIVER_MB_MOST)):
+    for kind, bound in (("api", WORKER_MB_MOST), ("archiver", ARCHIVER_MB_MOST)) if runs else ():
         parts = [part for run in runs for part in run.parts if part.name.startswith(kind)]
         who = "worker" if kind == "api" else kind
         targets.append(target(f"{who}: resident memory, peak", _most(parts, "memory_peak_mb"), bound, "MB"))
         targets.append(target(f"{who}: of it anonymous", _most(parts, "memory_anonymous_peak_mb"), bound, "MB"))
     return targets
+
+
+def _client_targets(client: ClientRun) -> Iterator[Target]:
+    yield target("client: `send`, without fsync", client.send_us, SEND_US_MOST, "µs")
+    through = client.through_events_per_s
+    yield target("client: through the spool, on one core", through, THROUGH_LEAST, "events/s", at_least=True)
+    yield target("penstock send: 4 lanes", client.file_events_per_s, FILE_LEAST, "events/s", at_least=True)
+    what = f"client: resident memory, peak, spool of {client.spool_bytes / 1e9:.2g} GB"
+    yield target(what, client.memory_peak_mb, CLIENT_MB_MOST, "MB")
 
 
 def _most(parts: Sequence[PartUse], field: str) -> float:
@@ -110,10 +125,13 @@ def show(report: Report, out: Console) -> None:
         f"{floor.events_per_s:,.0f} events/s a core.",
         highlight=False,
     )
-    out.print(_figures(report))
-    out.print(_parts(report.runs))
+    if report.runs:
+        out.print(_figures(report))
+        out.print(_parts(report.runs))
     out.print(targets_table(report.targets))
     show_problems(report.runs, out)
+    for problem in report.client.problems if report.client else ():
+        out.print(f"PROBLEM: client: {problem}", style="bold red", markup=False)
 
 
 def show_problems(runs: Sequence[Run], out: Console) -> None:
@@ -173,5 +191,5 @@ def targets_table(targets: Sequence[Target]) -> Table:
     for one in targets:
         verdict = "[green]reached[/]" if one.reached else "[red]not reached[/]"
         sign = "≥" if one.at_least else "≤"
-        table.add_row(one.what, f"{sign} {one.bound:g} {one.unit}", f"{one.value:,.2f} {one.unit}", verdict)
+        table.add_row(one.what, f"{sign} {one.bound:,.12g} {one.unit}", f"{one.value:,.2f} {one.unit}", verdict)
     return table

@@ -13,7 +13,7 @@ import msgspec
 
 import bench
 from bench.load import ANSWERS_WITHIN_S, Latency, Mark, Plan, Result
-from bench.system import BenchError, Memory, Sampler, System, cpu_s, memory
+from bench.system import BenchError, Memory, Sampler, System, cpu_s, megabytes, memory
 
 SAMPLE_S = 0.5
 
@@ -33,6 +33,8 @@ class Options(msgspec.Struct, frozen=True):
     devices: int
     bodies: int
     seed: int
+    client_events: int
+    spool_bytes: int
 
     def up(self, *, partitions: int = 0, more: Sequence[str] = ()) -> list[str]:
         count = str(partitions or self.partitions)
@@ -267,7 +269,3 @@ def _peaks(pids: Iterable[int], window: Window) -> dict[int, tuple[float, float]
         if samples:
             peaks[pid] = (megabytes(samples[-1].peak), megabytes(max(sample.anonymous for sample in samples)))
     return peaks
-
-
-def megabytes(size: float) -> float:
-    return round(size / 1e6, 1)

@@ -188,6 +188,10 @@ def memory(pid: int) -> Memory:
     return Memory(*(int(sizes[name].removesuffix("kB")) * 1024 for name in ("VmRSS", "RssAnon", "VmHWM")))
 
 
+def megabytes(size: float) -> float:
+    return round(size / 1e6, 1)
+
+
 def cpu_s(pids: Iterable[int]) -> dict[int, float]:
     """User and system time of each process until now; one that has ended is left out."""
     used = {}

@@ -115,7 +115,8 @@ class Client:
 
     def send(self, event: Event) -> None:
         """Take one event: a mapping, a msgspec Struct, or JSON in one line as bytes or text. Raises SpoolFull, SpoolClosed, OSError."""
-        self.send_many((event,))
+        line = _line(event)
+        self._take(self._lane_of(line), [line])
 
     def send_many(self, events: Iterable[Event]) -> None:
         """Take events, in this order for each device. Those before one that raises are taken."""
@@ -201,27 +202,35 @@ class Client:
         return lanes.items()
 
     def _take(self, number: int, lines: list[bytes]) -> None:
-        if self._here.inside:
-            self._here.later.append((number, lines))
+        here = self._here
+        if here.inside:
+            here.later.append((number, lines))
             return
-        with self._uninterrupted():
+        here.inside = True
+        try:
             size = sum(map(len, lines))
             self._make_room(size)
             with self._mutex:
                 self._ready()
                 self._put(number, lines, size)
+        finally:
+            here.inside = False
+            self._take_later()
 
     @contextlib.contextmanager
     def _uninterrupted(self) -> Iterator[None]:
         """What a signal handler sends while its thread is in here is taken when the thread comes out."""
-        here = self._here
-        here.inside = True
+        self._here.inside = True
         try:
             yield
         finally:
-            here.inside = False
-            while here.later:
-                self._take(*here.later.popleft())
+            self._here.inside = False
+            self._take_later()
+
+    def _take_later(self) -> None:
+        later = self._here.later
+        while later:
+            self._take(*later.popleft())
 
     def _put(self, number: int, lines: list[bytes], size: int) -> None:
         lane = self._spool.lanes[number]
@@ -247,7 +256,7 @@ class Client:
                 raise SpoolFull(
                     f"The spool in {self._folder} {why}. This event was not taken. The last answer of the API: {self._board.why or 'none'}"
                 )
-            if not why and all(lane.unsealed < _UNSEALED_MAX for lane in self._spool.lanes):
+            if not why and self._spool.unsealed < _UNSEALED_MAX:
                 return
             self._clock.wait(self._board.changed, GROUP_SYNC_S)
             self._board.changed.clear()

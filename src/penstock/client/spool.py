@@ -45,21 +45,29 @@ class Spool:
         files.make_folders(folder)
         self.lanes = self._own(lanes)
         self.left = list(self._adopted())
+        self._all = (*self.lanes, *self.left)
+
+    # Lists and no generators: two of these are looked at for each event.
 
     @property
     def events(self) -> int:
         """Events that are not done, of all lanes."""
-        return sum(lane.events for lane in (*self.lanes, *self.left))
+        return sum([lane.events for lane in self._all])
 
     @property
     def bytes(self) -> int:
         """What they take on disk."""
-        return sum(lane.bytes for lane in (*self.lanes, *self.left))
+        return sum([lane.bytes for lane in self._all])
+
+    @property
+    def unsealed(self) -> int:
+        """Ended open files that wait to be sealed, of the lane that has most."""
+        return max([lane.unsealed for lane in self.lanes])
 
     @property
     def quarantined(self) -> int:
         """Files and lines that were found damaged since this process began."""
-        return sum(lane.quarantined for lane in (*self.lanes, *self.left))
+        return sum([lane.quarantined for lane in self._all])
 
     def close(self) -> None:
         """What was taken is durable, and another process may use the set."""
