@@ -206,8 +206,9 @@ def _print(report: Simulated, early: bool, as_json: bool) -> None:
     wrong = sum(report.clocks.get(kind, 0) for kind in YEARS)
     faults = ", ".join(f"{kind} {count:,}" for kind, count in sorted(report.faults.items()))
     late = "" if report.kept_up else ", less than was asked for: this machine or the hub could not keep up"
+    devices = "device" if report.devices == 1 else "devices"
     lines = [
-        f"{report.devices:,} devices, the clocks of {wrong:,} wrong by years; {report.bursts:,} bursts, "
+        f"{report.devices:,} {devices}, the clocks of {wrong:,} wrong by years; {report.bursts:,} bursts, "
         f"{report.storms} reconnect storms; seed {report.seed}{'; ended early' if early else ''}",
         f"{report.sent:,} events sent in {report.seconds:.1f} s ({report.rate:,.0f}/s{late})",
         f"{report.accepted:,} accepted, {report.rejected:,} rejected, {report.unanswered:,} unanswered, "

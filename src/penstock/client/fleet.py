@@ -74,11 +74,10 @@ class Fleet:
         self._waiting: list[list[bytes]] = [[] for _ in range(gateways)]
         self._away: frozenset[int] = frozenset()
         self._storms = self._plan_storms(gateways)
-        # The first events, spread over the first interval; those of a fleet that is large for the run may lie behind its end.
-        order = self._chance.sample(range(devices), devices)
-        self._due = [
-            (place / rate, place / rate, number) for place, number in enumerate(order) if place / rate < seconds
-        ]
+        # Event `place` is planned for `place / rate`. The devices take turns, in an order of their own.
+        self._rate = rate
+        self._turns = self._chance.sample(self.devices, devices)
+        self._due = [(place / rate, place) for place in range(devices) if place / rate < seconds]
 
     def advance(self, until_s: float) -> list[int]:
         """All that happens until then. The gateways that come back meanwhile."""
@@ -89,12 +88,12 @@ class Fleet:
             self.storms += not away
             self._away = away
         while self._due and self._due[0][0] <= until_s:
-            due_s, planned_s, number = self._due[0]
-            self._say(self.devices[number], due_s)
-            planned_s += self._interval_s
-            if planned_s < self._seconds:
+            due_s, place = self._due[0]
+            self._say(self._turns[place % len(self._turns)], due_s)
+            place += len(self._turns)
+            if (planned_s := place / self._rate) < self._seconds:
                 late_s = self._chance.random() * min(self._interval_s, _JITTER_S_MAX)
-                heapq.heapreplace(self._due, (min(planned_s + late_s, self._seconds), planned_s, number))
+                heapq.heapreplace(self._due, (min(planned_s + late_s, self._seconds), place))
             else:
                 heapq.heappop(self._due)
         return back
