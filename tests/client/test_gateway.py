@@ -187,3 +187,10 @@ def test_the_schedule_sends_all_that_the_fleet_says() -> None:
     for event in map(msgspec.json.decode, api.stored):
         last[event["deviceId"]] += 1
         assert event["n"] == last[event["deviceId"]]
+
+
+def test_behind_a_batch_that_was_not_settled_nothing_is_posted() -> None:
+    api = StrictApi(None, says(problem(400, "malformed_gzip", retryable=False)))
+    tally = send(api)
+    assert (tally.sent, tally.accepted, len(api.seen)) == (ROUNDS * DEVICES, DEVICES, 2)
+    assert len(tally.unsettled) == 1

@@ -25,10 +25,12 @@ from penstock.client.transport import Answer, Transport
 from penstock.clock import Clock
 from penstock.errors import HubUnavailable
 
+Post = Callable[[bytes, Mapping[str, str]], Answer]
+
 BATCH_EVENTS_MAX = 1000
 WAITING_MAX = 64
 _BACKOFF_S = (0.1, 5.0)
-_PROBLEMS_MAX = 3
+_PROBLEMS_MAX = 3  # of one gateway: a hub that is wrong at all is so at every batch
 _COPY_EVERY, _COPY_FIRST = 20, 3
 _FAULT_EVERY, _WRONG_EVERY = 5, 4
 
@@ -69,14 +71,17 @@ class Account:
 
 
 class Tally(msgspec.Struct):
-    """What a gateway did, and what it was answered. `copies`: events that were posted again after their answer.
+    """What a gateway did, and what it was answered. `given`: events of the fleet; `spoilt`: wrong ones that the gateway added.
+
+    `copies` are events that were posted again after their answer.
 
     `stored` is the number of the last batch that the hub has, `why` the last answer that settled nothing; `unsettled` are the lines
     of batches that were posted and not answered for: the hub may have them or not.
     """
 
     producer: str
-    sent: int = 0
+    given: int = 0
+    spoilt: int = 0
     accepted: int = 0
     rejected: int = 0
     duplicates: int = 0
@@ -89,6 +94,11 @@ class Tally(msgspec.Struct):
     why: str = ""
     account: Account = msgspec.field(default_factory=Account)
     unsettled: list[Sequence[bytes]] = []
+
+    @property
+    def sent(self) -> int:
+        # Two numbers, because each is for one thread to count.
+        return self.given + self.spoilt
 
 
 class _Batch(msgspec.Struct, frozen=True):
@@ -135,7 +145,7 @@ class Gateway:
 
     def put(self, lines: list[bytes], *, reconnect: bool = False) -> None:
         """Events to be posted; on a new connection, if the gateway was out of reach before."""
-        self.tally.sent += len(lines)
+        self.tally.given += len(lines)
         self._waiting.put((lines, reconnect))
 
     def close(self) -> None:
@@ -143,14 +153,14 @@ class Gateway:
         self._waiting.put(None)
 
     def run(self) -> None:
-        """Returns when all is answered, or soon after `stop`."""
+        """Returns when all is answered, or soon after `stop`. Behind a batch that was not settled nothing is posted: the order is lost."""
         try:
             while (load := self._waiting.get()) is not None:
                 lines, reconnect = load
                 if reconnect:
                     self._transport.close()
                 for at in range(0, len(lines), BATCH_EVENTS_MAX):
-                    if not self._stop.is_set():
+                    if not self._stop.is_set() and not self.tally.unsettled:
                         self._deliver(lines[at : at + BATCH_EVENTS_MAX])
         finally:
             self._transport.close()
@@ -163,17 +173,18 @@ class Gateway:
             place = self._chance.randrange(len(lines) + 1)
             wrong[place], line = next(self._wrong)
             lines = [*lines[:place], line, *lines[place:]]
-            self.tally.sent += 1
+            self.tally.spoilt += 1
         if self._misconduct and following % _FAULT_EVERY == 0:
             fault = next(self._faults)
             self.tally.faults[fault] += 1
         if fault == "no valid event":
-            self.tally.sent += len(WRONG)
-            self._settle(self._batch([*WRONG.values()], dict(enumerate(WRONG))), self._post)
+            self.tally.spoilt += len(WRONG)
+            if not self._settle(self._batch([*WRONG.values()], dict(enumerate(WRONG))), self._post):
+                return
         batch = self._batch(lines, wrong)
         self._misbehave(fault, batch)
-        slow = self._misconduct and fault == "slow body"
-        settled = self._settle(batch, self._misconduct.dawdle if self._misconduct and slow else self._post)
+        slow = self._misconduct if fault == "slow body" else None
+        settled = self._settle(batch, slow.dawdle if slow else self._post)
         if settled and fault == "number reused":
             self._refused(batch, _zipped([*batch.lines, batch.lines[0]]), "number_reused")
         if settled and self._sequence % _COPY_EVERY == _COPY_FIRST:
@@ -196,7 +207,7 @@ class Gateway:
         elif fault == "gzip cut":
             self._refused(batch, body[:-4], "malformed_gzip")
 
-    def _settle(self, batch: _Batch, post: Callable[[bytes, Mapping[str, str]], Answer]) -> bool:
+    def _settle(self, batch: _Batch, post: Post) -> bool:
         """Post until the batch is answered, and account for it; False if there was no such answer."""
         tally, failed = self.tally, 0
         tally.unsettled.append(batch.lines)
@@ -245,9 +256,7 @@ class Gateway:
         if not as_it_should and not isinstance(answered, Again):
             self._say(f"{batch.echo}: {code} should have been the answer, and not {_words(answered)}")
 
-    def _ask(
-        self, batch: _Batch, headers: Mapping[str, str], body: bytes, post: Callable[[bytes, Mapping[str, str]], Answer]
-    ) -> Reaction:
+    def _ask(self, batch: _Batch, headers: Mapping[str, str], body: bytes, post: Post) -> Reaction:
         try:
             answer = post(body, headers)
         except HubUnavailable as error:
