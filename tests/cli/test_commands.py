@@ -22,7 +22,7 @@ def test_help(name: str | None) -> None:
     assert (done.exit_code, done.output.startswith("Usage: ")) == (0, True)
 
 
-@pytest.mark.parametrize("name", ["status", "leases", "audit", "verify", "flush"])
+@pytest.mark.parametrize("name", ["simulate", "status", "leases", "audit", "verify", "flush"])
 def test_reports_take_json(name: str) -> None:
     assert any("--json" in option.opts for option in penstock.commands[name].params if isinstance(option, click.Option))
 
@@ -41,6 +41,8 @@ def test_wrong_use_is_exit_2_and_touches_nothing(shell: Any) -> None:
         (("flush",), "Nothing runs"),
         (("send", "nope.ndjson"), "There is no file"),
         (("send", "--device-field", "a b", "nope.ndjson"), "cannot name a field"),
+        (("simulate", "--rate", "0"), "between 1 and"),
+        (("simulate", "--data", "nope"), "No API runs on"),
         (("status", "--url", "http://127.0.0.1:abc"), "is not an address"),
         (("status", "--url", "http://[::1"), "is not an address"),
         (("dump", "nope"), "There is nothing"),

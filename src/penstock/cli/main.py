@@ -16,6 +16,7 @@ from penstock.cli.check import audit, flush, verify
 from penstock.cli.dump import dump
 from penstock.cli.send import send
 from penstock.cli.show import leases, status
+from penstock.cli.simulate import simulate
 from penstock.cli.up import api, host, up
 from penstock.errors import PenstockError, SettingsError
 
@@ -26,7 +27,7 @@ def penstock() -> None:
     """Takes in the events of very many devices and leaves them as a few large files that are easy to query."""
 
 
-for command in (up, api, host, send, status, leases, audit, verify, flush, dump):
+for command in (up, api, host, send, simulate, status, leases, audit, verify, flush, dump):
     penstock.add_command(command)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,11 @@ def console() -> Console:
 
 def fetch(url: str, *, method: str = "GET") -> bytes:
     """The body of a 200. Raises PenstockError with a sentence for anything else."""
+    return fetch_all(url, method=method)[0]
+
+
+def fetch_all(url: str, *, method: str = "GET") -> tuple[bytes, Mapping[str, str]]:
+    """The same with the headers of the answer."""
     import http.client
     import urllib.error
     import urllib.request
@@ -106,8 +111,7 @@ def fetch(url: str, *, method: str = "GET") -> bytes:
     try:
         request = urllib.request.Request(url, method=method, data=b"" if method == "POST" else None)
         with urllib.request.urlopen(request, timeout=30) as answer:
-            body: bytes = answer.read()
-            return body
+            return answer.read(), answer.headers
     except urllib.error.HTTPError as error:
         with error:
             raise PenstockError(f"{url} answers {error.code}: {error.read(500).decode(errors='replace')}") from error

@@ -28,20 +28,25 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
+def connection(url: str, *, timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
+    """A connection that opens when it is used, and the path that the address ends in. Raises SettingsError."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        raise SettingsError(f"{url} is not an address: the port is wrong.") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname, port, timeout=timeout_s), parts.path.rstrip("/")
+
+
 class HttpTransport:
     """A kept-alive HTTP/1.1 connection, used by one thread. Opens again by itself."""
 
     def __init__(self, url: str, *, path: str = "/v1/events", timeout_s: float) -> None:
-        parts = urlsplit(url)
-        try:
-            port = parts.port
-        except ValueError:
-            raise SettingsError(f"{url} is not an address: the port is wrong.") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, port, timeout=timeout_s)
-        self._path = parts.path.rstrip("/") + path
+        self._connection, base = connection(url, timeout_s=timeout_s)
+        self._path = base + path
         self._used = False
 
     def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:

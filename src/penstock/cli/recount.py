@@ -1,0 +1,144 @@
+"""What the hub has of a simulated run, counted again: what it gives to readers, its producers' table, the audit of its folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from penstock.cli.options import fetch, fetch_all
+from penstock.errors import PenstockError
+
+if TYPE_CHECKING:
+    from penstock.client.gateway import Account, Tally
+    from penstock.settings import Values
+
+Decoded = TypeVar("Decoded")
+
+_PAGE_EVENTS = 10_000
+# What the server puts behind each event; before it, an event lies in the hub as it was sent.
+_STAMP_BYTES = len(',"receivedAt":"2026-11-22T14:03:21.123Z"}')
+
+
+class Recount(msgspec.Struct):
+    """`found`: events of the run in the hub. `audited`: the hub's folder is on this machine, and was audited."""
+
+    problems: list[str]
+    found: int = 0
+    audited: bool = False
+
+
+class _Partition(msgspec.Struct):
+    next: int
+
+
+class Hub(msgspec.Struct):
+    """A hub and where its partitions end."""
+
+    hub: str
+    partitions: list[_Partition]
+
+
+class _Producer(msgspec.Struct):
+    sequence: int
+
+
+def ends(url: str) -> Hub:
+    """Where the partitions end now."""
+    return _decoded(f"{url}/v1/partitions", Hub)
+
+
+def recount(url: str, before: Hub, begins: bytes, tallies: Sequence[Tally], values: Values) -> Recount:
+    """Compare what was answered with what the hub has of the events that begin so and came after `before`."""
+    result = Recount([])
+    try:
+        found = _read_back(url, before, begins)
+        result.found = sum(count for count, _ in found.devices.values())
+        result.problems += _differences(tallies, found)
+        for tally in tallies:
+            result.problems += _numbers(url, tally)
+        result.audited, problems = _audit(before.hub, values)
+        result.problems += problems
+    except PenstockError as error:
+        result.problems.append(f"What the hub has could not be checked: {error.detail}")
+    return result
+
+
+def _read_back(url: str, before: Hub, begins: bytes) -> Account:
+    """What lies in the hub of this run, between the ends that it had before and now."""
+    from penstock.client.gateway import Account
+
+    found, after = Account(), ends(url)
+    for partition, (first, last) in enumerate(zip(before.partitions, after.partitions, strict=True)):
+        at = first.next
+        while at < last.next:
+            page, headers = fetch_all(f"{url}/v1/partitions/{partition}/events?from={at}&limit={_PAGE_EVENTS}")
+            found.add([line[:-_STAMP_BYTES] for line in page.split(b"\n") if line.startswith(begins)])
+            following = int(headers.get("Penstock-Next-Offset", "0"))
+            if following <= at:
+                raise PenstockError(f"partition {partition} cannot be read beyond {at}, and ends at {last.next}")
+            at = following
+    return found
+
+
+def _differences(tallies: Sequence[Tally], found: Account) -> list[str]:
+    """Of each device what was accepted must be there: so many, with these bytes, in this order. More may be where answers are missing."""
+    from penstock.client.gateway import device_of
+
+    kinds: dict[str, list[str]] = {"lost": [], "more": [], "other": []}
+    differing: Counter[str] = Counter()
+    accepted = {device: known for tally in tallies for device, known in tally.account.devices.items()}
+    uncertain = {device_of(line) for tally in tallies for lines in tally.unsettled for line in lines}
+    for device in accepted.keys() | found.devices.keys():
+        want, got = accepted.get(device, (0, 0)), found.devices.get(device, (0, 0))
+        if want == got or (device in uncertain and got[0] > want[0]):
+            continue
+        kind = "lost" if got[0] < want[0] else "more" if got[0] > want[0] else "other"
+        kinds[kind].append(device.decode())
+        differing[kind] += abs(want[0] - got[0])
+    said = {
+        "lost": "events were accepted, and are not in the hub",
+        "more": "events more are in the hub than were accepted",
+        "other": "devices have other bytes in the hub than were accepted, or another order",
+    }
+    return [
+        f"{differing[kind] or len(devices):,} {said[kind]}; such as of {min(devices)}"
+        for kind, devices in kinds.items()
+        if devices
+    ]
+
+
+def _numbers(url: str, tally: Tally) -> list[str]:
+    if not tally.stored or tally.unsettled:
+        return []
+    try:
+        known = _decoded(f"{url}/v1/producers/{tally.producer}", _Producer)
+    except PenstockError as error:
+        return [error.detail]
+    if known.sequence == tally.stored:
+        return []
+    return [f"{tally.producer}: the hub's last batch is {known.sequence}, the last that it accepted {tally.stored}"]
+
+
+def _decoded(url: str, kind: type[Decoded]) -> Decoded:
+    try:
+        return msgspec.json.decode(fetch(url), type=kind)
+    except msgspec.MsgspecError as error:
+        raise PenstockError(f"{url} does not answer as Penstock does: {error}.") from error
+
+
+def _audit(hub_id: str, values: Values) -> tuple[bool, list[str]]:
+    """The same as `penstock audit`, if the hub that was sent to lies in the data folder."""
+    from penstock.archive import check
+    from penstock.cli import wiring
+
+    where = wiring.layout(values)
+    if not (where.hub / "data.mdb").exists():
+        return False, []
+    with wiring.reading_hub(where, values) as hub:
+        if hub.id != hub_id:
+            return False, []
+        found = check.audit(hub, wiring.open_store(where), archived=values.text("archive") == "on")
+    return True, [f"audit: {problem}" for problem in found.problems]
