@@ -78,14 +78,15 @@ _API = ("up", "api")
 _HOST = ("up", "host")
 _SERVE = ("up", "api", "host")
 _LOOK = ("status", "leases", "audit", "verify", "flush")
+_DEAD = ("dead", "dead-fix", "dead-replay")
 _K = Kind
 
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
-    Setting("data", _K.PATH, "./data", "The folder of this installation.", (*_SERVE, *_LOOK, "send")),
+    Setting("data", _K.PATH, "./data", "The folder of this installation.", (*_SERVE, *_LOOK, "send", "dead-replay")),
     Setting("url", _K.TEXT, "http://127.0.0.1:8480",
             "Address of the API; for `flush` of the admin port. Default: what `up` wrote down in the data folder.",
-            ("send", "status", "leases", "flush")),
+            ("send", "status", "leases", "flush", "dead-replay")),
     Setting("listen", _K.ADDRESS, "127.0.0.1:8480", "Where the API listens; loopback only, port 0 is any free one.", _API),
     Setting("admin", _K.ADDRESS, "127.0.0.1:8481", "Where health, status and flush are served; loopback only.", _API),
     Setting("workers", _K.COUNT, "cores", "API worker processes.", _API, "processes", "1", "64"),
@@ -101,7 +102,8 @@ SETTINGS: tuple[Setting, ...] = (
             (*_HOST, "leases"), "", "1s", "1h"),
     Setting("name", _K.TEXT, "", "Name of this host in the leases. Default: host name and random digits.", ("host",)),
     Setting("anonymous", _K.FLAG, "no", "Take events without a key (there are no keys yet; loopback only).", _API),
-    Setting("device-field", _K.TEXT, "deviceId", "The field of an event that names its device.", (*_SERVE, "send")),
+    Setting("device-field", _K.TEXT, "deviceId", "The field of an event that names its device.",
+            (*_SERVE, "send", "dead-fix", "dead-replay")),
     Setting("hub-bytes-max", _K.SIZE, "64GiB",
             "The hub's size on disk (the file is sparse). At 90 % of it new events are refused.",
             (*_SERVE, *_LOOK), "", "16MiB", "16TiB"),
@@ -131,6 +133,9 @@ SETTINGS: tuple[Setting, ...] = (
             ("send",), "lanes", "1", "64"),
     Setting("send-timeout", _K.DURATION, "10m", "Give up after so long without any progress.",
             ("send",), "", "100ms", "30d", flag="timeout"),
+    Setting("spool", _K.PATH, "spool", "The client's spool folder.", _DEAD),
+    Setting("dead-timeout", _K.DURATION, "60s", "Wait so long for the hub's answers.",
+            ("dead-replay",), "", "0s", "30d", flag="timeout"),
     Setting("flush-timeout", _K.DURATION, "60s", "Wait so long for the archiver.",
             ("flush",), "", "0s", "30d", flag="timeout"),
 )
