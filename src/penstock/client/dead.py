@@ -76,6 +76,19 @@ class _Field(msgspec.Struct, frozen=True):
     value: str
 
 
+def read_lines(path: Path, text: bytes) -> Iterator[Dead]:
+    """The records of a file of dead letters. Raises SpoolDamaged at the first that is none."""
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            record = msgspec.json.decode(line, type=Dead)
+            event = event_of(record)
+            if not event.strip(_BLANK) or b"\n" in event:
+                raise ValueError("an event is something in one line")
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise SpoolDamaged(f"{path}, line {number}, is damaged: {error}.") from error
+        yield record
+
+
 def event_of(record: Dead) -> bytes:
     """The event as it was sent."""
     return record.event_base64 or record.event.encode()
@@ -228,7 +241,7 @@ class Letters:
         except FileNotFoundError:
             return None  # a replay has just taken it
         try:
-            read = _from_batch if path.suffix == ".batch" else _from_lines
+            read = _from_batch if path.suffix == ".batch" else read_lines
             return Letter(name, path, at_ms, tuple(read(path, text)))
         except SpoolDamaged as error:
             return Letter(name, path, at_ms, damaged=f"{error.detail} It was left as it is: mend it or move it away.")
@@ -326,18 +339,6 @@ def replay(
 
 def _new_producer() -> str:
     return f"c-{secrets.token_hex(8)}"
-
-
-def _from_lines(path: Path, text: bytes) -> Iterator[Dead]:
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            record = msgspec.json.decode(line, type=Dead)
-            event = event_of(record)
-            if not event.strip(_BLANK) or b"\n" in event:
-                raise ValueError("an event is something in one line")
-        except (ValueError, msgspec.MsgspecError) as error:
-            raise SpoolDamaged(f"{path}, line {number}, is damaged: {error}.") from error
-        yield record
 
 
 def _from_batch(path: Path, text: bytes) -> list[Dead]:
