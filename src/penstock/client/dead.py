@@ -284,7 +284,6 @@ class Letters:
                 )
                 if lane.bytes:
                     continue
-                self._files.sync_folder(folder)
                 # A new producer: a copy of this spool that went on has used the old one's numbers, but never had these events.
                 state = State(_new_producer(), batch=lane.state.batch, taken=lane.state.taken)
                 self._files.replace(folder / _STATE, msgspec.json.encode(state))
