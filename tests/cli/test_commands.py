@@ -73,7 +73,7 @@ def test_dump_shows_frames_and_files(tmp_path: Path) -> None:
 
 def test_dump_shows_spool_files(tmp_path: Path) -> None:
     events = [b'{"deviceId":"d","n":1.50}', b'{"deviceId":"d","t":"\xff"}']
-    batch = batch_text(events, sealed_at_ms=5, device_field="deviceId", taken={"file": 2})
+    batch = batch_text(events, sealed_at_ms=5, device_field="deviceId", taken={"file": 2}, source="", numbers=())
     lane = tmp_path / "0" / "0"
     lane.mkdir(parents=True)
     (lane / "000000000001-2.batch").write_bytes(batch)

@@ -219,7 +219,7 @@ def write(letters: Letters, letter: Letter, lane: Path, number: int) -> Path:
     """The batch, at once in the lane."""
     events = [event_of(record) for record in letter.records]
     path = lane / f"{number:012}-{len(events)}.batch"
-    text = batch_text(events, sealed_at_ms=0, device_field="deviceId", taken={})
+    text = batch_text(events, sealed_at_ms=0, device_field="deviceId", taken={}, source="", numbers=())
     letters._files.replace(path, text)
     return path
 

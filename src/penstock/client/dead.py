@@ -295,7 +295,7 @@ class Letters:
     def _move(self, letter: Letter, lane: Path, number: int, device_field: str, now_ms: int) -> Path:
         events = [event_of(record) for record in letter.records]
         batch = self.folder / f"{letter.id}.batch"
-        text = batch_text(events, sealed_at_ms=now_ms, device_field=device_field, taken={})
+        text = batch_text(events, sealed_at_ms=now_ms, device_field=device_field, taken={}, source="", numbers=())
         self._files.replace(batch, text)
         self._files.remove(self.folder / f"{letter.id}.ndjson")
         path = lane / f"{number:012}-{len(events)}.batch"
