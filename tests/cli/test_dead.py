@@ -66,6 +66,8 @@ def test_show_gives_the_events_and_why(spool: Path) -> None:
     rows = msgspec.json.decode(dead("show", "c", "--json", "--code", "not_utf8").stdout)
     assert [(row["n"], row["code"]) for row in rows] == [(3, "not_utf8")]
     assert events(spool) == BAD
+    bury(spool, "d-1", Dead.of(b"{}", "no_device", "why", "flights.ndjson:17"))
+    assert "1. no_device: why (flights.ndjson:17)\n" in dead("show", "d").output
     for wrong, says in (
         (("x",), "no dead letters"),
         (("c", "--event", "4"), "no event 4"),

@@ -343,6 +343,20 @@ def test_a_replay_tells_what_is_rejected_again(tmp_path: Path) -> None:
     assert {letter.id for letter in letters_of(tmp_path).all()} == set(told.rejected)
 
 
+@pytest.mark.parametrize(
+    ("places", "kept"),
+    [(["f:3", "f:8"], ["f:3", "f:8"]), (["f:3", "g:8"], ["", ""]), (["f:3", ""], ["", ""]), (["f:x", "f:3"], ["", ""])],
+)
+def test_what_is_rejected_again_has_its_place_if_all_are_of_one_file(
+    tmp_path: Path, places: list[str], kept: list[str]
+) -> None:
+    (tmp_path / DEAD).mkdir()
+    records = [Dead.of(event, "c", "why", place) for event, place in zip((b"!1", b"!2"), places, strict=True)]
+    (tmp_path / DEAD / "a.ndjson").write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+    told = again(tmp_path, MemoryApi())
+    assert [record.place for rejected in told.rejected.values() for record in rejected] == kept
+
+
 def test_a_hub_that_is_away_leaves_the_events_in_the_spool(tmp_path: Path) -> None:
     bury(tmp_path, "a", EVENTS)
     with pytest.raises(FlushTimeout):

@@ -79,8 +79,8 @@ def show(values: Values, id: str, event: int | None, code: str | None, raw: bool
     else:
         click.echo(f"{letter.id}: {_events(len(letter.records))}")
         for place, record in chosen.items():
-            where = getattr(record, "place", "")
-            click.echo(_shown(f"{place + 1}. {record.code}: {record.detail}" + (f" ({where})" if where else "")))
+            where = f" ({record.place})" if record.place else ""
+            click.echo(_shown(f"{place + 1}. {record.code}: {record.detail}{where}"))
             click.echo("   " + _shown(event_of(record).decode("utf-8", "backslashreplace")))
 
 

@@ -27,7 +27,7 @@ import msgspec
 
 from penstock.client.client import Client
 from penstock.client.lane import DEAD, Lane
-from penstock.client.records import Dead, State, batch_text, read_batch
+from penstock.client.records import Dead, State, batch_text, read_batch, source_of
 from penstock.errors import SettingsError, SpoolDamaged, SpoolError
 from penstock.files import Files
 
@@ -295,7 +295,10 @@ class Letters:
     def _move(self, letter: Letter, lane: Path, number: int, device_field: str, now_ms: int) -> Path:
         events = [event_of(record) for record in letter.records]
         batch = self.folder / f"{letter.id}.batch"
-        text = batch_text(events, sealed_at_ms=now_ms, device_field=device_field, taken={}, source="", numbers=())
+        source, numbers = _origin(letter.records)
+        text = batch_text(
+            events, sealed_at_ms=now_ms, device_field=device_field, taken={}, source=source, numbers=numbers
+        )
         self._files.replace(batch, text)
         self._files.remove(self.folder / f"{letter.id}.ndjson")
         path = lane / f"{number:012}-{len(events)}.batch"
@@ -342,4 +345,14 @@ def _new_producer() -> str:
 
 def _from_batch(path: Path, text: bytes) -> list[Dead]:
     why = "A replay was interrupted; the next one goes on with it."
-    return [Dead.of(line, _REPLAYING, why) for line in read_batch(path.stem, path, text).lines()]
+    batch = read_batch(path.stem, path, text)
+    return [Dead.of(line, _REPLAYING, why, batch.place(index)) for index, line in enumerate(batch.lines())]
+
+
+def _origin(records: Sequence[Dead]) -> tuple[str, list[int]]:
+    """The source and the numbers of the lines that the events were read from, if it was one file: for those rejected again."""
+    places = [record.place.rpartition(":") for record in records]
+    file = places[0][0]
+    if not file or any(place[0] != file or not place[2].isdecimal() for place in places):
+        return "", []
+    return source_of(file, "replay"), [int(place[2]) for place in places]
