@@ -77,6 +77,11 @@ def test_each_act_syncs_the_content_before_the_name_and_the_folder_after_it(tmp_
     files.calls.clear()
     files.make_folders(tmp_path / "b" / "c")
     assert files.calls == ["mkdir", "fsync", "mkdir", "fsync"]
+    files.replace(tmp_path / "a", b"four")
+    files.calls.clear()
+    files.move(tmp_path / "a", tmp_path / "b" / "a")
+    assert files.calls == ["rename", "fsync", "fsync"]
+    assert (names(tmp_path), files.read(tmp_path / "b" / "a")) == (["b"], b"four")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

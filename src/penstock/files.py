@@ -145,6 +145,12 @@ class Files:
             self.sync_folder(path.parent)
         return replaced
 
+    def move(self, source: Path, target: Path) -> None:
+        """The file is under the other name when it returns, in one act: at no time under both or neither. One file system only."""
+        self._rename(source, target)
+        self.sync_folder(target.parent)
+        self.sync_folder(source.parent)
+
     def append(self, path: Path) -> Appending:
         """A new file that grows; its name is durable after the first `sync`. Raises FileExistsError."""
         return Appending(self, path, self._open_new(path))

@@ -78,14 +78,15 @@ _API = ("up", "api")
 _HOST = ("up", "host")
 _SERVE = ("up", "api", "host")
 _LOOK = ("status", "leases", "audit", "verify", "flush")
+_DEAD = ("dead", "dead-fix", "dead-replay")
 _K = Kind
 
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
-    Setting("data", _K.PATH, "./data", "The folder of this installation.", (*_SERVE, *_LOOK, "send", "simulate")),
+    Setting("data", _K.PATH, "./data", "The folder of this installation.", (*_SERVE, *_LOOK, "send", "simulate", "dead-replay")),
     Setting("url", _K.TEXT, "http://127.0.0.1:8480",
             "Address of the API; for `flush` of the admin port. Default: what `up` wrote down in the data folder.",
-            ("send", "simulate", "status", "leases", "flush")),
+            ("send", "simulate", "status", "leases", "flush", "dead-replay")),
     Setting("listen", _K.ADDRESS, "127.0.0.1:8480", "Where the API listens; loopback only, port 0 is any free one.", _API),
     Setting("admin", _K.ADDRESS, "127.0.0.1:8481", "Where health, status and flush are served; loopback only.", _API),
     Setting("workers", _K.COUNT, "cores", "API worker processes.", _API, "processes", "1", "64"),
@@ -101,7 +102,8 @@ SETTINGS: tuple[Setting, ...] = (
             (*_HOST, "leases"), "", "1s", "1h"),
     Setting("name", _K.TEXT, "", "Name of this host in the leases. Default: host name and random digits.", ("host",)),
     Setting("anonymous", _K.FLAG, "no", "Take events without a key (there are no keys yet; loopback only).", _API),
-    Setting("device-field", _K.TEXT, "deviceId", "The field of an event that names its device.", (*_SERVE, "send")),
+    Setting("device-field", _K.TEXT, "deviceId", "The field of an event that names its device.",
+            (*_SERVE, "send", "dead-fix", "dead-replay")),
     Setting("hub-bytes-max", _K.SIZE, "64GiB",
             "The hub's size on disk (the file is sparse). At 90 % of it new events are refused.",
             (*_SERVE, *_LOOK, "simulate"), "", "16MiB", "16TiB"),
@@ -125,7 +127,8 @@ SETTINGS: tuple[Setting, ...] = (
             _API, "", "1s", "2h"),
     Setting("log-level", _K.CHOICE, "info", "The least level that is logged.",
             _SERVE, choices=("debug", "info", "warning", "error")),
-    Setting("spool", _K.PATH, "spool", "The folder where events lie until the hub has answered for them.", ("send",)),
+    Setting("spool", _K.PATH, "spool", "The folder where events lie until the hub has answered for them.",
+            ("send", *_DEAD)),
     Setting("batch", _K.COUNT, "1000", "Events of one request.", ("send",), "events", "1", "10000"),
     Setting("lanes", _K.COUNT, "4", "Requests in flight; a device is always in the same lane.",
             ("send",), "lanes", "1", "64"),
@@ -142,6 +145,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("seed", _K.COUNT, "1", "The same seed makes the same devices do the same.", ("simulate",), "", "0", "1000000000"),
     Setting("answer-timeout", _K.DURATION, "30s", "Wait so long for answers that do not come.",
             ("simulate",), "", "100ms", "1h", flag="timeout"),
+    Setting("dead-timeout", _K.DURATION, "60s", "Wait so long for the hub's answers.",
+            ("dead-replay",), "", "0s", "30d", flag="timeout"),
     Setting("flush-timeout", _K.DURATION, "60s", "Wait so long for the archiver.",
             ("flush",), "", "0s", "30d", flag="timeout"),
 )

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from penstock.cli.main import penstock
+from penstock.client.records import Dead, State, batch_text, open_lines
 from penstock.errors import SettingsError
 from penstock.events import Frame, FrameKind, Source
 from penstock.wire import frame
@@ -69,3 +71,26 @@ def test_dump_shows_frames_and_files(tmp_path: Path) -> None:
         assert CliRunner().invoke(penstock, ["dump", str(tmp_path / damaged)]).exit_code == 1
     with pytest.raises(SettingsError):
         CliRunner().invoke(penstock, ["dump", str(tmp_path / "nope")], catch_exceptions=False)
+
+
+def test_dump_shows_spool_files(tmp_path: Path) -> None:
+    events = [b'{"deviceId":"d","n":1.50}', b'{"deviceId":"d","t":"\xff"}']
+    batch = batch_text(events, sealed_at_ms=5, device_field="deviceId", taken={"file": 2}, source="", numbers=())
+    lane = tmp_path / "0" / "0"
+    lane.mkdir(parents=True)
+    (lane / "000000000001-2.batch").write_bytes(batch)
+    (lane / "000000000002-2.batch").write_bytes(batch[:-1])
+    (lane / "000000000003.open").write_bytes(open_lines(events) + b"0000")
+    (lane / "000000000004.open").write_bytes(open_lines(events).replace(b"1.50", b"1.51"))
+    (lane / "state.json").write_bytes(msgspec.json.encode(State("c-1")))
+    (tmp_path / "c-1.ndjson").write_bytes(msgspec.json.encode(Dead.of(events[1], "not_utf8", "why")) + b"\n")
+    for path, code, says in (
+        (lane / "000000000001-2.batch", 0, ('"events": 2', '"taken": {', '"device_field": "deviceId"', "1.50")),
+        (lane / "000000000002-2.batch", 1, ('"events": 2', '"sealed_at_ms": 5')),
+        (lane / "000000000003.open", 0, ('"events": 2', '"damaged": 0', '"unfinished_bytes": 4', "1.50")),
+        (lane / "000000000004.open", 1, ('"events": 1', '"damaged": 1', "1.51")),
+        (lane / "state.json", 0, ('"lane of a spool"', '"producer": "c-1"')),
+        (tmp_path / "c-1.ndjson", 0, ('"dead letters"', '"not_utf8": 1', '"event_base64"')),
+    ):
+        done = CliRunner().invoke(penstock, ["dump", str(path)])
+        assert (done.exit_code, [text for text in says if text not in done.output]) == (code, []), done.output

@@ -64,10 +64,8 @@ class PowerFiles(Files):
         self._call()
         before = target.read_bytes() if target.exists() else None
         super()._rename(source, target)
-        self._synced[target] = self._synced.pop(source)
-        self._later(
-            "rename", target.parent, lambda: target.unlink() if before is None else self._put_back(target, before)
-        )
+        self._synced[target] = self._synced.pop(source, target.stat().st_size)
+        self._later("rename", target.parent, lambda: self._back(source, target, before))
 
     def _unlink(self, path: Path) -> None:
         self._call()
@@ -78,6 +76,11 @@ class PowerFiles(Files):
 
     def _later(self, what: str, folder: Path, undo: Callable[[], object]) -> None:
         self._undo.setdefault(folder, []).append((what, undo))
+
+    def _back(self, source: Path, target: Path, before: bytes | None) -> None:
+        super()._rename(target, source)
+        if before is not None:
+            self._put_back(target, before)
 
     def _put_back(self, path: Path, body: bytes) -> None:
         path.write_bytes(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ _FRAME_HEAD = 52
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--lines", default=_LINES_SHOWN, show_default=True, help="Events shown of a frame or an hour file.")
+@click.option(
+    "--lines", default=_LINES_SHOWN, show_default=True, help="Events shown of a frame, an hour file or a spool file."
+)
 def dump(path: Path, lines: int) -> None:
-    """Show a frame, lease, ledger record, manifest, hour file or data folder as JSON, one object for each thing in it."""
+    """Show a frame, lease, ledger record, manifest, hour file, data folder or spool file as JSON, one object for each thing in it."""
     if not path.exists():
         raise SettingsError(f"There is nothing at {path}.")
     for thing in _things(path, lines):
@@ -40,6 +43,8 @@ def _things(path: Path, lines: int) -> Iterator[object]:
         yield from _frames(path, lines)
     elif head == b"\x1f\x8b":
         yield _hour_file(path, lines)
+    elif path.suffix in (".batch", ".open", ".ndjson"):
+        yield from _spool_file(path, lines)
     else:
         yield {"kind": _kind(path), "content": _json(path)}
 
@@ -58,6 +63,7 @@ def _kind(path: Path) -> str:
         (r"/_leases/[^/]+/\d+\.json", "lease"),
         (r"/_hours/[^/]+\.json", "hour manifest"),
         (r"/_hub\.json", "owner of the store"),
+        (r"/\d+/\d+/state\.json", "lane of a spool"),
         (r"/run/parts-\d+\.json", "running parts"),
     ):
         if re.search(f"{pattern}$", name):
@@ -102,7 +108,7 @@ def _frame(read: Frame, lines: int) -> dict[str, Any]:
             }
             for source in read.sources
         ],
-        "lines": [line.decode("utf-8", "replace") for line in content],
+        "lines": [_shown(line) for line in content],
     }
 
 
@@ -130,6 +136,43 @@ def _hour_file(path: Path, lines: int) -> dict[str, Any]:
         "crc32": crc,
         "lines": shown,
     }
+
+
+def _spool_file(path: Path, lines: int) -> Iterator[dict[str, Any]]:
+    """What of it can be read; then PenstockError if that is not all."""
+    from penstock.client import records
+
+    text = path.read_bytes()
+    if path.suffix == ".open":
+        events, damaged = records.read_open(text)
+        yield {
+            "kind": "open spool file",
+            "events": len(events),
+            "damaged": len(damaged),
+            "unfinished_bytes": len(text) - text.rfind(b"\n") - 1,
+            "lines": [_shown(event) for event in events[:lines]],
+            "damaged_lines": [_shown(line) for line in damaged[:lines]],
+        }
+        if damaged:
+            raise PenstockError(f"{path} has {len(damaged)} damaged lines; the client will put them in quarantine.")
+    elif path.suffix == ".batch":
+        header = msgspec.to_builtins(records.read_header(text))
+        try:
+            batch = records.read_batch(path.stem, path, text)
+        except PenstockError:
+            yield {"kind": "damaged spool batch", **header}
+            raise
+        yield {"kind": "spool batch", **header, "lines": [_shown(line) for line in batch.lines()[:lines]]}
+    else:
+        from penstock.client.dead import read_lines
+
+        dead = list(read_lines(path, text))
+        codes = Counter(record.code for record in dead)
+        yield {"kind": "dead letters", "events": len(dead), "codes": codes, "lines": dead[:lines]}
+
+
+def _shown(line: bytes) -> str:
+    return line.decode("utf-8", "replace")
 
 
 def _hub(path: Path) -> Iterator[dict[str, Any]]:

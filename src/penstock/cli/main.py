@@ -13,6 +13,7 @@ import click
 
 from penstock import __version__
 from penstock.cli.check import audit, flush, verify
+from penstock.cli.dead import dead
 from penstock.cli.dump import dump
 from penstock.cli.send import send
 from penstock.cli.show import leases, status
@@ -27,7 +28,7 @@ def penstock() -> None:
     """Takes in the events of very many devices and leaves them as a few large files that are easy to query."""
 
 
-for command in (up, api, host, send, simulate, status, leases, audit, verify, flush, dump):
+for command in (up, api, host, send, simulate, status, leases, audit, verify, flush, dump, dead):
     penstock.add_command(command)
 
 
