@@ -94,13 +94,14 @@ class Client:
         }
         self._connect = connect or (lambda: HttpTransport(url, timeout_s=timeout_s))
         self._device_of = _device_decoder(device_field)
-        self._board = Board(on_rejected)
+        self._board = Board(on_rejected, self._clock, lambda: self._spool.events)
         self._mutex = threading.RLock()
         self._here = _Here()
         self._taken = 0
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._closed = self._forked = False
+        self._unwritable: OSError | None = None
         self._opened_at: dict[int, float] = {}
         self._spool = self._open_spool()
         self._senders: list[Sender] = []
@@ -251,7 +252,7 @@ class Client:
             lane.sync()
 
     def _make_room(self, size: int) -> None:
-        """Wait while batches are made slower than events come; and for a full spool, if that is how it is set."""
+        """Wait while batches are made slower than events come; and for a spool that is full or broken, if that is how it is set."""
         while not self._closed and not self._forked:
             full = self._spool.bytes + size > self._bytes_max
             if full and self._when_full == "raise":
@@ -261,6 +262,10 @@ class Client:
                 )
             if not full and all(lane.unsealed < _UNSEALED_MAX for lane in self._spool.lanes):
                 return
+            if (why := self._unwritable) and self._when_full == "raise":
+                raise OSError(
+                    why.errno, f"The spool in {self._folder} cannot be written. This event was not taken. {why}"
+                )
             self._clock.wait(self._board.changed, GROUP_SYNC_S)
             self._board.changed.clear()
 
@@ -269,7 +274,10 @@ class Client:
         while not self._stop.is_set():
             try:
                 busy = self._seal_once()
+                self._unwritable = None
+                self._board.well()
             except OSError as error:
+                self._unwritable = error
                 self._board.trouble(f"The spool cannot be written: {error}")
                 busy = True
             self._clock.wait(self._wake, GROUP_SYNC_S if busy else _IDLE_S)
