@@ -55,8 +55,16 @@ class Appending:
         self._named = False
 
     def write(self, body: bytes) -> None:
-        """Survives the death of the process when it returns."""
-        self._files._write_all(self._fd, body)
+        """Survives the death of the process when it returns. What follows a write that failed does not stand behind its half."""
+        end = os.lseek(self._fd, 0, os.SEEK_CUR)
+        try:
+            self._files._write_all(self._fd, body)
+        except OSError:
+            # A disk that cannot even shorten the file keeps the half until the next write goes over it.
+            os.lseek(self._fd, end, os.SEEK_SET)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, end)
+            raise
         self._written += len(body)
 
     def sync(self) -> None:
