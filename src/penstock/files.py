@@ -203,6 +203,11 @@ class Files:
             raise
         return Held(fd)
 
+    def free_bytes(self, folder: Path) -> int:
+        """What may still be written to the disk of a folder."""
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
+
     def work_file(self, folder: Path) -> BinaryIO:
         """A file without a name in `folder`: gone when it is closed, or with the process."""
         return cast(BinaryIO, tempfile.TemporaryFile(buffering=WORK_BUFFER_BYTES, prefix=".", dir=folder))

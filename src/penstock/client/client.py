@@ -40,6 +40,7 @@ GROUP_SYNC_S = 0.05
 CLOSE_S_MAX = 5.0
 _IDLE_S = 1.0
 _UNSEALED_MAX = 4
+_SENDING_BYTES = 1 << 16
 
 Event = Mapping[str, Any] | msgspec.Struct | bytes | str
 
@@ -48,9 +49,9 @@ class Client:
     """A device's or gateway's way to the hub. Thread-safe.
 
     `lanes`: how many batches may be under way; a device is always in the same, so its order is kept. `batch_events`, and `linger_s`
-    after its first event, end a batch. A spool that holds `spool_bytes_max` bytes makes `send` raise SpoolFull, or wait
-    (`when_full="block"`). `on_rejected` is called in a lane's thread for each event that the API will never take; each is also
-    in `{spool}/dead`.
+    after its first event, end a batch. A spool that holds `spool_bytes_max` bytes, or whose disk is full, makes `send`
+    raise SpoolFull, or wait (`when_full="block"`). `on_rejected` is called in a lane's thread for each event that
+    the API will never take; each is also in `{spool}/dead`. What holds up the events is in `stats()`, and in the log `penstock.client`.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Client:
         self._wake = threading.Event()
         self._closed = self._forked = False
         self._unwritable: OSError | None = None
+        self._unlooked = 0
         self._opened_at: dict[int, float] = {}
         self._spool = self._open_spool()
         self._senders: list[Sender] = []
@@ -254,11 +256,11 @@ class Client:
     def _make_room(self, size: int) -> None:
         """Wait while batches are made slower than events come; and for a spool that is full or broken, if that is how it is set."""
         while not self._closed and not self._forked:
-            full = self._spool.bytes + size > self._bytes_max
+            full = self._full(size)
             if full and self._when_full == "raise":
                 raise SpoolFull(
-                    f"The spool in {self._folder} holds {self._spool.bytes} bytes, and may hold {self._bytes_max}. This event was not "
-                    f"taken. The last answer of the API: {self._board.why or 'none'}"
+                    f"The spool in {self._folder} {full}. This event was not taken. "
+                    f"The last answer of the API: {self._board.why or 'none'}"
                 )
             if not full and all(lane.unsealed < _UNSEALED_MAX for lane in self._spool.lanes):
                 return
@@ -268,6 +270,22 @@ class Client:
                 )
             self._clock.wait(self._board.changed, GROUP_SYNC_S)
             self._board.changed.clear()
+
+    def _full(self, size: int) -> str:
+        """Why the spool has no room for so many bytes; empty if it has.
+
+        To send needs a little room as well, a batch and its number are written first. If events took all, nothing could be sent any more.
+        """
+        if self._spool.bytes + size > self._bytes_max:
+            return f"holds {self._spool.bytes} bytes, and may hold {self._bytes_max}"
+        self._unlooked -= size
+        if self._unlooked < 0:
+            free = self._files.free_bytes(self._folder)
+            room = free - size - _SENDING_BYTES - sum(lane.open_bytes for lane in self._spool.lanes)
+            if room < 0:
+                return f"has {free} bytes left on its disk, and needs them to send what it holds"
+            self._unlooked = min(room // 2, _SENDING_BYTES)
+        return ""
 
     def _seal_all(self) -> None:
         """The thread that syncs, ends batches that are old enough, and seals them."""
