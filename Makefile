@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 SEED ?=
 
-.PHONY: run test fmt check bench sim
+.PHONY: run test fmt check bench sim cuts
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -42,3 +42,8 @@ bench: .venv/.dev
 
 sim: .venv/.dev
 	$(if $(SEED),PENSTOCK_SIM_SEED=$(SEED)) $(BIN)/python -m pytest -q tests/sim
+
+# Sixty power cuts each on the hub's disk and on a device's; `make test` has a few.
+cuts: .venv/.dev
+	PENSTOCK_ROUNDS=$(or $(ROUNDS),60) $(if $(SEED),PENSTOCK_SEED=$(SEED)) \
+		$(BIN)/python -m pytest -q -s --timeout 3600 -k moment tests/crash/test_power.py tests/crash/test_client_power.py

@@ -332,7 +332,7 @@ class SpoolError(PenstockError):
 
 
 class SpoolFull(SpoolError):
-    """The spool holds as much as it may. The event was not taken."""
+    """The spool holds as much as it may, or as its disk can. The event was not taken."""
 
     code = "spool_full"
     title = "The spool is full"

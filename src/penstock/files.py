@@ -55,8 +55,16 @@ class Appending:
         self._named = False
 
     def write(self, body: bytes) -> None:
-        """Survives the death of the process when it returns."""
-        self._files._write_all(self._fd, body)
+        """Survives the death of the process when it returns. What follows a write that failed does not stand behind its half."""
+        end = os.lseek(self._fd, 0, os.SEEK_CUR)
+        try:
+            self._files._write_all(self._fd, body)
+        except OSError:
+            # A disk that cannot even shorten the file keeps the half until the next write goes over it.
+            os.lseek(self._fd, end, os.SEEK_SET)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, end)
+            raise
         self._written += len(body)
 
     def sync(self) -> None:
@@ -200,6 +208,11 @@ class Files:
             os.close(fd)
             raise
         return Held(fd)
+
+    def free_bytes(self, folder: Path) -> int:
+        """What may still be written to the disk of a folder."""
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
 
     def work_file(self, folder: Path) -> BinaryIO:
         """A file without a name in `folder`: gone when it is closed, or with the process."""

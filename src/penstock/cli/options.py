@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -119,3 +120,15 @@ def fetch_all(url: str, *, method: str = "GET") -> tuple[bytes, Mapping[str, str
         raise SettingsError(f"{url} is not an address of the form http://HOST:PORT: {error}.") from error
     except (OSError, http.client.HTTPException) as error:
         raise PenstockError(f"{url} gives no answer: {getattr(error, 'reason', error)}.") from error
+
+
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+def echo_client_log() -> None:
+    """What holds up the events is said on standard error, and when they are sent again."""
+    log = logging.getLogger("penstock.client")
+    log.setLevel(logging.INFO)
+    log.addHandler(_Echo())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 import click
 
-from penstock.cli.options import api_url, settings
+from penstock.cli.options import api_url, echo_client_log, settings
 from penstock.errors import PenstockError, SettingsError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def send(values: Values, files: Sequence[str]) -> None:
     if len(given) < len(files):
         raise SettingsError("A file is given twice. Nothing was sent.")
     url, clock = api_url(values), SystemClock()
+    echo_client_log()
     began = clock.monotonic()
     feed = Feed(
         folder,

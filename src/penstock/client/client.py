@@ -39,6 +39,7 @@ GROUP_SYNC_S = 0.05
 CLOSE_S_MAX = 5.0
 _IDLE_S = 1.0
 _UNSEALED_MAX = 4
+_SENDING_BYTES = 1 << 16
 
 Event = Mapping[str, Any] | msgspec.Struct | bytes | str
 
@@ -47,10 +48,11 @@ class Client:
     """A device's or gateway's way to the hub. Thread-safe.
 
     `lanes`: how many batches may be under way; a device is always in the same, so its order is kept. `batch_events`, and `linger_s`
-    after its first event, end a batch. A spool that holds `spool_bytes_max` bytes, or from which the hub has taken nothing for
-    `spool_age_s_max`, makes `send` raise SpoolFull, or wait (`when_full="block"`); nothing that was taken is dropped. (The age is
-    measured while this process lives, since a device's clock may be wrong by years; the hub remembers a batch's number for 14 days.)
-    `on_rejected` is called in a lane's thread for each event that the API will never take; each is also in `{spool}/dead`.
+    after its first event, end a batch. A spool that holds `spool_bytes_max` bytes, from which the hub has taken nothing for
+    `spool_age_s_max`, or whose disk is full, makes `send` raise SpoolFull, or wait (`when_full="block"`); nothing that was taken is
+    dropped. (The age is measured while this process lives, since a device's clock may be wrong by years; the hub remembers a batch's
+    number for 14 days.) `on_rejected` is called in a lane's thread for each event that the API will never take; each is also in
+    `{spool}/dead`. What holds up the events is in `stats()`, and in the log `penstock.client`.
     """
 
     def __init__(
@@ -90,13 +92,15 @@ class Client:
         self._files = files or Files()
         self._headers = headers_of(device_field, key)
         self._connect = connect or (lambda: HttpTransport(url, timeout_s=timeout_s))
-        self._board = Board(on_rejected, self._clock)
+        self._board = Board(on_rejected, self._clock, lambda: self._spool.events)
         self._mutex = threading.RLock()
         self._here = _Here()
         self._taken = 0
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._closed = self._forked = False
+        self._unwritable: OSError | None = None
+        self._unlooked = 0
         self._opened_at: dict[int, float] = {}
         self._spool = self._open_spool()
         self._lane_of = LaneOf(device_field, len(self._spool.lanes))
@@ -249,20 +253,28 @@ class Client:
             lane.sync()
 
     def _make_room(self, size: int) -> None:
-        """Wait while batches are made slower than events come; and for a full spool, if that is how it is set."""
+        """Wait while batches are made slower than events come; and for a spool that is full or broken, if that is how it is set."""
         while not self._closed and not self._forked:
-            why = self._full(size)
-            if why and self._when_full == "raise":
+            full = self._full(size)
+            if full and self._when_full == "raise":
                 raise SpoolFull(
-                    f"The spool in {self._folder} {why}. This event was not taken. The last answer of the API: {self._board.why or 'none'}"
+                    f"The spool in {self._folder} {full}. This event was not taken. "
+                    f"The last answer of the API: {self._board.why or 'none'}"
                 )
-            if not why and self._spool.unsealed < _UNSEALED_MAX:
+            if not full and self._spool.unsealed < _UNSEALED_MAX:
                 return
+            if (why := self._unwritable) and self._when_full == "raise":
+                raise OSError(
+                    why.errno, f"The spool in {self._folder} cannot be written. This event was not taken. {why}"
+                )
             self._clock.wait(self._board.changed, GROUP_SYNC_S)
             self._board.changed.clear()
 
     def _full(self, size: int) -> str:
-        """Why the spool takes no event of this size, or nothing."""
+        """Why the spool takes no event of this size; empty if it does.
+
+        To send needs a little room as well, a batch and its number are written first. If events took all, nothing could be sent any more.
+        """
         if self._spool.bytes + size > self._bytes_max:
             return f"holds {self._spool.bytes} bytes, and may hold {self._bytes_max}"
         if not self._spool.events:
@@ -270,6 +282,13 @@ class Client:
         silent_s = self._clock.monotonic() - self._board.settled_at
         if silent_s > self._age_s_max:
             return f"waits since {silent_s:.0f} s for the hub to take anything, and may wait {self._age_s_max:.0f} s"
+        self._unlooked -= size
+        if self._unlooked < 0:
+            free = self._files.free_bytes(self._folder)
+            room = free - size - _SENDING_BYTES - sum(lane.open_bytes for lane in self._spool.lanes)
+            if room < 0:
+                return f"has {free} bytes left on its disk, and needs them to send what it holds"
+            self._unlooked = min(room // 2, _SENDING_BYTES)
         return ""
 
     def _seal_all(self) -> None:
@@ -277,7 +296,10 @@ class Client:
         while not self._stop.is_set():
             try:
                 busy = self._seal_once()
+                self._unwritable = None
+                self._board.well()
             except OSError as error:
+                self._unwritable = error
                 self._board.trouble(f"The spool cannot be written: {error}")
                 busy = True
             self._clock.wait(self._wake, GROUP_SYNC_S if busy else _IDLE_S)

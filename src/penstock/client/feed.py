@@ -66,7 +66,7 @@ class Feed:
             now_ms=clock.now_ms,
             new_producer=lambda: f"send-{secrets.token_hex(8)}",
         )
-        self._board = Board(on_rejected, clock)
+        self._board = Board(on_rejected, clock, lambda: spool.events)
         self._device_field = device_field
         self._batch_events = batch_events
         self._timeout_s = timeout_s

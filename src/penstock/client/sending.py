@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -26,6 +27,8 @@ from penstock.errors import HubUnavailable
 BACKOFF_S = (0.2, 60.0)
 PAUSE_S = (5.0, 300.0)
 _IDLE_S = 1.0
+_log = logging.getLogger("penstock.client")
+_log.addHandler(logging.NullHandler())  # a program that sets up no logging sees nothing on its stderr
 
 
 def headers_of(device_field: str, key: str | None = None) -> dict[str, str]:
@@ -48,7 +51,10 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """Counts since the client began; `waiting_*` is in the spool now. `why`: what was answered last, if it was no good answer."""
+    """Counts since the client began; `waiting_*` is in the spool now. `why`: what was answered last, if it was no good answer.
+
+    `state`: `idle`, nothing is in the spool; `sending`; `waiting`, it is tried again soon; `paused`, rarely, as people have to act.
+    """
 
     taken: int
     accepted: int
@@ -63,29 +69,41 @@ class Stats(msgspec.Struct, frozen=True):
 
 
 class Board:
-    """What all lanes know together. Thread-safe."""
+    """What all threads of a client know together; the log is told each change of it, and not each try. Thread-safe.
 
-    def __init__(self, on_rejected: Callable[[Rejected], None] | None, clock: Clock) -> None:
+    `waiting` says how many events are in the spool.
+    """
+
+    def __init__(
+        self, on_rejected: Callable[[Rejected], None] | None, clock: Clock, waiting: Callable[[], int] = lambda: 0
+    ) -> None:
         self.changed = threading.Event()
-        self.why = ""
         self.settled_at = clock.monotonic()
-        self._clock = clock
-        self._state = "idle"
         self._on_rejected = on_rejected
+        self._clock = clock
+        self._waiting = waiting
         self._lock = threading.Lock()
+        self._troubles: dict[int, tuple[str, str]] = {}  # by thread, the latest last: each lane knows only its own
+        self._since = 0.0
         self._accepted = self._duplicates = self._rejected = self._elsewhere = 0
 
     def anew(self) -> Board:
         """With counts from 0 and locks that nobody has."""
-        return Board(self._on_rejected, self._clock)
+        return Board(self._on_rejected, self._clock, self._waiting)
+
+    @property
+    def why(self) -> str:
+        """What holds up the events; empty if nothing does."""
+        with self._lock:
+            return self._worst()[1]
 
     def settled(self, accepted: int, duplicate: bool, rejected: Sequence[Rejected]) -> None:
         with self._lock:
             self._accepted += accepted
             self._duplicates += accepted if duplicate else 0
             self._rejected += len(rejected)
-            self._state, self.why = "sending", ""
             self.settled_at = self._clock.monotonic()
+        self.well()
         if self._on_rejected is not None:
             for one in rejected:
                 self._on_rejected(one)
@@ -99,15 +117,33 @@ class Board:
         with self._lock:
             self._elsewhere += events
             self.settled_at = self._clock.monotonic()
+        self.well()
         self.changed.set()
 
     def trouble(self, why: str, *, state: str = "waiting") -> None:
+        """The calling thread gets no further, until it says that it is well."""
         with self._lock:
-            self._state, self.why = state, why
+            before, _ = self._worst()
+            if not self._troubles:
+                self._since = self._clock.monotonic()
+            self._troubles.pop(threading.get_ident(), None)
+            self._troubles[threading.get_ident()] = state, why
+            after, why = self._worst()
+        if after != before:
+            _log.warning("The events wait in the spool: state=%s why=%s", after, why)
         self.changed.set()
+
+    def well(self) -> None:
+        """The calling thread gets on."""
+        with self._lock:
+            if self._troubles.pop(threading.get_ident(), None) is None or self._troubles:
+                return
+            after_s = self._clock.monotonic() - self._since
+        _log.info("The events are sent again: after_s=%.1f waiting=%d", after_s, self._waiting())
 
     def stats(self, taken: int, events: int, size: int, quarantined: int) -> Stats:
         with self._lock:
+            state, why = self._worst()
             return Stats(
                 taken,
                 self._accepted,
@@ -117,9 +153,17 @@ class Board:
                 events,
                 size,
                 quarantined,
-                self._state,
-                self.why,
+                state if events else "idle",
+                why,
             )
+
+    def _worst(self) -> tuple[str, str]:
+        """The state and its reason: paused if one lane is, though others may still be sending."""
+        worst = "sending", ""
+        for trouble in self._troubles.values():
+            if trouble[0] == "paused" or worst[0] != "paused":
+                worst = trouble
+        return worst
 
 
 class Sender:
