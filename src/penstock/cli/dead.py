@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from penstock.cli.options import api_url, as_json, console, settings
+from penstock.cli.options import api_url, as_json, console, echo_client_log, settings
 from penstock.errors import PenstockError, SettingsError
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def replay(values: Values, ids: Sequence[str], every: bool) -> None:
     from penstock.client.dead import replay as send_again
     from penstock.clock import SystemClock
 
+    echo_client_log()
     if bool(ids) == every:
         raise SettingsError("Name the batches that are to be sent again, or say --all. Nothing was sent.")
     url, device_field, timeout_s = api_url(values), values.text("device-field"), values.seconds("dead-timeout")
