@@ -16,7 +16,7 @@ _OK = b"HTTP/1.1 %b\r\nContent-Type: text/html\r\nContent-Length: %d\r\nRetry-Af
 class FaultProxy:
     """`with FaultProxy(port, seed=…, rate=…) as proxy`: listens on `proxy.port`; `done` counts what it did."""
 
-    FAULTS = ("cut request", "drop answer", "cut answer", "twice", "500", "503", "429", "portal")
+    FAULTS = ("cut request", "drop answer", "cut answer", "hang", "twice", "500", "503", "429", "portal")
 
     def __init__(self, api_port: int, *, seed: int, rate: float) -> None:
         self.done: Counter[str] = Counter()
@@ -61,6 +61,9 @@ class FaultProxy:
             return False
         if fault.isdigit():
             client.sendall(_OK % (fault.encode() + b" No", len(_PORTAL), b"garbage", _PORTAL))
+            return False
+        if fault == "hang":
+            client.recv(1)  # until the client has enough
             return False
         if fault == "cut request":
             with socket.create_connection(("127.0.0.1", self._api_port)) as api:

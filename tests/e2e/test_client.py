@@ -43,7 +43,7 @@ if "unnumbered" in sys.argv:
     HttpTransport.post = unnumbered
     answers._settled = lambda reply, status, batch, events: settled(reply, status, reply.batch, events)
 
-with Client(sys.argv[1], spool=sys.argv[2], lanes=2, batch_events=40, linger_s=0.02, timeout_s=5) as client:
+with Client(sys.argv[1], spool=sys.argv[2], lanes=2, batch_events=40, linger_s=0.02, timeout_s=0.5) as client:
     for command in sys.stdin.buffer:
         if command == b"flush\\n":
             client.flush(timeout_s=60)
@@ -107,6 +107,52 @@ def test_each_event_is_archived_once_behind_a_faulty_network_and_kills(
     system = make_system().start()
     found = send_all(system, gzip.decompress(FLIGHTS.read_bytes()).splitlines(), *modes)
     if modes:
+        assert any("copies too many" in problem for problem in found)
+    else:
+        assert found == []
+        assert system.stop() == 0
+
+
+# `penstock send` with the patience of a test.
+SEND = """
+from penstock.cli import send
+from penstock.cli.main import main
+from penstock.client import sending
+
+sending.BACKOFF_S, sending.PAUSE_S, send.ANSWER_TIMEOUT_S = (0.01, 0.1), (0.02, 0.1), 0.5
+main()
+"""
+
+
+def send_file(system: System, lines: list[bytes], *, forgets: bool) -> list[str]:
+    """What the oracle finds after a file was sent by one command that was killed and repeated. `forgets`: with a new spool each time."""
+    chosen, port = random.Random(SEED), urlsplit(system.url).port
+    assert port
+    file = system.folder / "file.ndjson"
+    file.write_bytes(b"".join(line + b"\n" for line in lines))
+    with FaultProxy(port, seed=SEED, rate=0.3) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}"
+        for attempt in range(KILLS):
+            spool = f"spool-{attempt if forgets else 0}"
+            command = ("send", "file.ndjson", "--batch", "20", "--url", url, "--spool", spool)
+            sending = system.process(*command, program=("-c", SEND), log=f"send-{attempt}")
+            threading.Event().wait(0.4 + 0.4 * chosen.random())
+            if sending.ended:
+                break
+            sending.kill()
+        else:
+            sending = system.process(*command, program=("-c", SEND), log="send-last")
+        assert sending.wait(120) == 0, sending.text()
+        assert attempt > 5 and len(proxy.done) == len(FaultProxy.FAULTS) + 1, (attempt, proxy.done)
+    system.settle()
+    return problems(system.store, 16, [[Batch(lines)]])
+
+
+@pytest.mark.parametrize("forgets", [False, True], ids=["", "control: a new spool each time"])
+def test_a_file_is_archived_once_behind_a_faulty_network_and_kills(make_system: Make, forgets: bool) -> None:
+    system = make_system().start()
+    found = send_file(system, gzip.decompress(FLIGHTS.read_bytes()).splitlines(), forgets=forgets)
+    if forgets:
         assert any("copies too many" in problem for problem in found)
     else:
         assert found == []

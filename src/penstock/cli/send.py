@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from penstock.client.sending import Rejected, Stats
     from penstock.settings import Values
 
-_ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 60.0
 _STOP_WITHIN_S = 2.0
 
 
@@ -54,7 +54,7 @@ def send(values: Values, files: Sequence[str]) -> None:
     began = clock.monotonic()
     feed = Feed(
         folder,
-        lambda: HttpTransport(url, timeout_s=_ANSWER_TIMEOUT_S),
+        lambda: HttpTransport(url, timeout_s=ANSWER_TIMEOUT_S),
         lanes=values.count("lanes"),
         device_field=field,
         batch_events=values.count("batch"),
