@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from penstock.client import feed as feed_module
 from penstock.client import sending
+from penstock.client import spool as spool_module
 from penstock.client.feed import STDIN, Feed
 from penstock.client.lane import DEAD, Lane
 from penstock.client.sending import Rejected, Stats
@@ -30,10 +33,20 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "BACKOFF_S", (0.001, 0.01))
     monkeypatch.setattr(sending, "PAUSE_S", (0.001, 0.01))
     monkeypatch.setattr(feed_module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(feed_module, "_TOGETHER", 2)
 
 
 def events(count: int, devices: int = 5) -> list[bytes]:
     return [b'{"deviceId":"d-%d","n":%d}' % (n % devices, n) for n in range(count)]
+
+
+class Anything:
+    """Equal to everything: in the place of what a check compares with, it takes the check away."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Machine:
@@ -276,6 +289,35 @@ def test_a_device_is_always_in_one_lane() -> None:
     lanes = LaneOf("deviceId", 4)
     assert lanes(b'{"deviceId":"d-1","x":{"deviceId":"d-2"}}') == zlib.crc32(b"d-1") % 4
     assert [lanes(line) for line in (b"{", b"[]", b'{"deviceId":3}', b'"\xff"', b"{}")] == [0] * 5
+
+
+PIECES = [
+    b'{"deviceId":"a"}',
+    b'{"deviceId":"b","x":{}}',
+    b'{"deviceId":"c"',
+    b"}",
+    b"{}",
+    b" ",
+    b",",
+    b'{"deviceId":3}',
+    b"[",
+    b'{"a":{}',
+]
+
+
+@given(st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=3).map(b"".join), max_size=6))
+def test_many_lines_are_in_the_lanes_that_each_is_in_alone(lines: list[bytes]) -> None:
+    lane_of = LaneOf("deviceId", 4)
+    assert lane_of.each(lines) == [lane_of(line) for line in lines]
+
+
+def test_control_lines_that_are_not_looked_at_are_in_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [b'{"deviceId":"a"', b"}", b'{"deviceId":"b"}{"deviceId":"c"}', b'{"deviceId":"d"}']
+    lane_of = LaneOf("deviceId", 1 << 20)
+    assert lane_of.each(lines) == [lane_of(line) for line in lines]
+    monkeypatch.setattr(spool_module, "_OPENING", Anything())
+    monkeypatch.setattr(spool_module, "_CLOSING", Anything())
+    assert lane_of.each(lines) != [lane_of(line) for line in lines]
 
 
 def test_a_line_that_is_nested_too_deeply_is_for_the_api_to_judge(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from penstock.files import Files
 STDIN = "-"
 _WAITING_MAX = 1
 _LOOK_S = 0.2
+_TOGETHER, _TOGETHER_BYTES = 500, 256 << 10
 
 
 class _Part(msgspec.Struct, frozen=True, gc=False):
@@ -78,6 +79,9 @@ class Feed:
         self._lines: list[list[bytes]] = [[] for _ in spool.lanes]
         self._numbers: list[list[int]] = [[] for _ in spool.lanes]
         self._bytes = [0] * len(spool.lanes)
+        self._fresh: list[bytes] = []
+        self._fresh_numbers: list[int] = []
+        self._fresh_bytes = 0
         self._sources: list[str] = []
         self._source = ""
         self._skip = [0] * len(spool.lanes)
@@ -135,19 +139,29 @@ class Feed:
         self._sources.append(self._source)
 
     def add(self, line: bytes, number: int) -> None:
-        """Take the line of this number, from 1, without its line feed. Waits while its lane is full."""
-        lane = self._lane_of(line)
-        if number <= self._skip[lane]:
-            self._skipped += 1
-            return
-        if self._bytes[lane] + len(line) > RAW_BYTES_MAX:
-            self._hand(lane)
-        lines = self._lines[lane]
-        lines.append(line)
-        self._numbers[lane].append(number)
-        self._bytes[lane] += len(line) + 1
-        if len(lines) >= self._batch_events:
-            self._hand(lane)
+        """Take the line of this number, from 1, without its line feed and not empty. Waits while its lane is full."""
+        self._fresh.append(line)
+        self._fresh_numbers.append(number)
+        self._fresh_bytes += len(line)
+        if len(self._fresh) >= _TOGETHER or self._fresh_bytes >= _TOGETHER_BYTES:
+            self._sort()
+
+    def _sort(self) -> None:
+        """From those that were just added to those of each lane."""
+        fresh, numbers = self._fresh, self._fresh_numbers
+        self._fresh, self._fresh_numbers, self._fresh_bytes = [], [], 0
+        for lane, line, number in zip(self._lane_of.each(fresh), fresh, numbers, strict=True):
+            if number <= self._skip[lane]:
+                self._skipped += 1
+                continue
+            if self._bytes[lane] + len(line) > RAW_BYTES_MAX:
+                self._hand(lane)
+            lines = self._lines[lane]
+            lines.append(line)
+            self._numbers[lane].append(number)
+            self._bytes[lane] += len(line) + 1
+            if len(lines) >= self._batch_events:
+                self._hand(lane)
 
     def reject(self, number: int, code: str, detail: str) -> None:
         """Count a line that cannot even be sent."""
@@ -156,6 +170,7 @@ class Feed:
 
     def end(self) -> None:
         """The file ends."""
+        self._sort()
         for lane in range(len(self._queues)):
             self._hand(lane)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from penstock.client.lane import Lane
 from penstock.files import Files, Held
 
 _LOCK = "lock"
+_OPENING, _CLOSING = b"{}"
 
 
 class Spool:
@@ -118,17 +119,34 @@ class LaneOf:
     """Event → lane, by its device; lane 0 where that cannot be read: the API will say what is wrong."""
 
     def __init__(self, device_field: str, lanes: int) -> None:
-        named: Any = msgspec.defstruct("Named", [("device", str, "")], rename={"device": device_field})
-        self._decode = msgspec.json.Decoder(named).decode
+        named: Any = msgspec.defstruct("Named", [("device", str, "")], rename={"device": device_field}, gc=False)
+        self._decoder = msgspec.json.Decoder(named)
         self._lanes = lanes
 
     def __call__(self, line: bytes) -> int:
         if self._lanes == 1:
             return 0
         try:
-            device: str = self._decode(line).device
+            return self._lane(self._decoder.decode(line).device)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return 0
+
+    def each(self, lines: Sequence[bytes]) -> list[int]:
+        """The same of many lines, in half the time.
+
+        For the decoder a line feed is white space. But where each line begins with `{` and ends in `}`, no event spans lines, and
+        when there are as many events as lines, each line is one.
+        """
+        try:
+            if self._lanes > 1 and all(line[0] == _OPENING and line[-1] == _CLOSING for line in lines):
+                events = self._decoder.decode_lines(b"\n".join(lines))
+                if len(events) == len(lines):
+                    return [self._lane(event.device) for event in events]
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            pass  # one of them is no event: line by line it shows which
+        return [self(line) for line in lines]
+
+    def _lane(self, device: str) -> int:
         return zlib.crc32(device.encode()) % self._lanes
 
 
