@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from penstock.client.transport import Answer
 from penstock.errors import SpoolFull
 from penstock.files import Files
 from penstock.testing import FakeClock
-from tests.client.conftest import MemoryApi, lost_answer, never_arrived, problem, says
+from tests.client.conftest import Fault, MemoryApi, lost_answer, never_arrived, problem, says
 from tests.e2e.system import SEED
 
 LIVE_S = 0.1
@@ -59,39 +59,47 @@ class QuickFiles(Files):
     def _fsync(self, fd: int) -> None: ...
 
 
-class Hub(MemoryApi):
-    """Away for two hours: no answer at all, then 503, then a portal's page. `tries` counts the posts in each third."""
+NO_ANSWER: Fault = never_arrived
+BUSY = says(problem(503, "hub_unavailable", retryable=True, retry_after=str(RETRY_AFTER_S)))
+PORTAL = says(Answer(200, {"content-type": "text/html"}, b"<html>Please log in</html>"))
 
-    def __init__(self, clock: FakeClock) -> None:
+
+class Hub(MemoryApi):
+    """Each fault lasts for `PHASE_S`, then it answers. The first post is stored, and only its answer is lost."""
+
+    def __init__(self, clock: FakeClock, phases: Sequence[Fault]) -> None:
         super().__init__()
-        self.tries = [0, 0, 0, 0]
+        self.tries = [0] * (len(phases) + 1)
         self.events_of_posts: list[int] = []
         self._clock = clock
+        self._phases = phases
 
     def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:
-        phase = min(3, int(self._clock.monotonic() // PHASE_S))
+        phase = min(len(self._phases), int(self._clock.monotonic() // PHASE_S))
+        number = headers["Penstock-Producer"]
+        self.seen.append(number)
         self.tries[phase] += 1
-        self.seen.append(headers["Penstock-Producer"])
-        if phase == 0:
-            fault = lost_answer if self.tries == [1, 0, 0, 0] else never_arrived
-        elif phase == 1:
-            fault = says(problem(503, "hub_unavailable", retryable=True, retry_after=str(RETRY_AFTER_S)))
-        elif phase == 2:
-            fault = says(Answer(200, {"content-type": "text/html"}, b"<html>Please log in</html>"))
-        else:
-            before = len(self.stored)
-            answer = self.store(body, headers["Penstock-Producer"])
-            self.events_of_posts.append(len(self.stored) - before)
-            return answer
-        return fault(self, body, headers["Penstock-Producer"]) or pytest.fail("a fault answers or raises")
+        if phase < len(self._phases):
+            fault = self._phases[phase] if len(self.seen) > 1 else lost_answer
+            return fault(self, body, number) or pytest.fail("a fault answers or raises")
+        before = len(self.stored)
+        answer = self.store(body, number)
+        self.events_of_posts.append(len(self.stored) - before)
+        return answer
 
 
 class Device:
     """A client without threads of its own, and the events that it took."""
 
-    def __init__(self, spool: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        phases: Sequence[Fault] = (NO_ANSWER, BUSY, PORTAL),
+        **options: Any,
+    ) -> None:
         self.clock = World()
-        self.hub = Hub(self.clock)
+        self.hub = Hub(self.clock, phases)
         self.taken = self.refused = 0
         monkeypatch.setattr("random.random", random.Random(SEED).random)
         with monkeypatch.context() as patched:
@@ -232,3 +240,43 @@ def test_a_spool_holds_its_limit_and_drops_nothing_that_it_took(
     # The last batch may have few events, and be larger than these by its header.
     assert bytes_max // 2 < largest <= bytes_max + 1024
     device.client.close()
+
+
+@pytest.mark.parametrize(
+    "status, code", [(401, "unauthenticated"), (403, "forbidden"), (404, "a_proxys_own"), (302, "")]
+)
+def test_what_people_must_mend_keeps_all_and_is_tried_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    """Case 95: a key that has expired deletes nothing."""
+    device = Device(tmp_path, monkeypatch, [says(problem(status, code, retryable=False))])
+    device.live(PHASE_S)
+    stats = device.client.stats()
+    assert (stats.state, stats.waiting_events, stats.rejected) == ("paused", device.taken, 0)
+    assert str(status) in stats.why
+    assert 1 < device.hub.tries[0] < 1.5 * PHASE_S / (sending.PAUSE_S[1] / 2)
+    drain(device)
+    device.client.flush(timeout_s=600)
+    assert device.delivered() == list(range(device.taken))
+    device.client.close()
+
+
+def test_a_clock_that_is_wrong_and_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 93: to 1970, ahead by years, back. Order is that of the numbers, waiting is by the clock that never jumps."""
+    chosen = random.Random(SEED)
+    straight, device = (Device(tmp_path / name, monkeypatch, [NO_ANSWER, BUSY]) for name in ("straight", "jumps"))
+
+    def jump() -> float:
+        device.clock.step(chosen.choice((-device.clock.now_ms() / 1000, 1e9, -86400, 86400, 1, -1)))
+        return 10.0
+
+    device.clock.add(jump)
+    for one in (straight, device):
+        monkeypatch.setattr("random.random", random.Random(SEED).random)
+        one.client._senders[0]._jitter = random.random
+        one.live(2 * PHASE_S)
+        drain(one)
+        one.client.flush(timeout_s=600)
+        assert one.delivered() == list(range(one.taken))
+        one.client.close()
+    assert device.hub.tries == straight.hub.tries
