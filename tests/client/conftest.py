@@ -1,4 +1,7 @@
-"""An API in memory that keeps the producers' table, loses answers, refuses and lies."""
+"""An API in memory that keeps the producers' table, loses answers, refuses and lies.
+
+The numbers of cases in the tests are those of the fault catalogue (faults.md).
+"""
 
 from __future__ import annotations
 

@@ -72,6 +72,7 @@ def test_an_answer_that_accounts_for_every_event_settles() -> None:
     ],
 )
 def test_a_200_that_is_not_of_this_batch_keeps_it(body: object) -> None:
+    """Case 98."""
     assert isinstance(judged(200, body), Paused)
 
 
@@ -88,6 +89,7 @@ def test_a_body_that_arrived_damaged_is_sent_again() -> None:
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("body", [HTML, problem("not_found", False), problem("unknown_code", False)])
 def test_without_a_key_it_pauses(status: int, body: object) -> None:
+    """Case 95."""
     assert isinstance(judged(status, body), Paused)
 
 
@@ -98,10 +100,13 @@ def test_too_large_is_split() -> None:
 
 @pytest.mark.parametrize("code", ["number_reused", "number_too_old", "producer_fenced"])
 def test_a_taken_number_needs_a_new_producer(code: str) -> None:
+    """Case 92."""
     assert judged(409 if code == "producer_fenced" else 422, problem(code, False)) == NewProducer(code, "why")
 
 
 def test_what_penstock_refuses_for_good_ends_the_batch() -> None:
+    """Case 94."""
+
     def every(error: type[BatchRefused]) -> list[type[BatchRefused]]:
         return [error, *(below for sub in error.__subclasses__() for below in every(sub))]
 
@@ -142,9 +147,11 @@ def test_what_is_not_penstocks_keeps_the_batch(status: int, body: object) -> Non
     ],
 )
 def test_retry_after_in_all_its_forms(text: str, seconds: float | None) -> None:
+    """Case 97."""
     assert retry_after_s({"retry-after": text}, NOW_MS) == seconds
 
 
 def test_a_date_is_compared_with_the_servers_own() -> None:
+    """Cases 93, 97."""
     headers = {"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT", "date": "Sun, 06 Nov 1994 08:49:17 GMT"}
     assert retry_after_s(headers, 0) == 20.0

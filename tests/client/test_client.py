@@ -97,6 +97,7 @@ def test_flush_says_what_it_waits_for_and_the_next_client_sends_it(tmp_path: Pat
 
 
 def test_a_portal_keeps_the_events_and_is_named(tmp_path: Path) -> None:
+    """Case 98."""
     page = says(answer(200, "<html>"))
     with client_of(tmp_path, MemoryApi(page)) as client:
         client.send(event(1))
@@ -123,6 +124,7 @@ def test_rejected_events_are_told_and_kept(tmp_path: Path) -> None:
     [says(problem(415, "unsupported_type", retryable=False)), says(problem(400, "malformed_gzip", retryable=False))],
 )
 def test_a_batch_that_is_refused_for_good_does_not_hold_up_the_next(tmp_path: Path, fault: Fault) -> None:
+    """Case 94."""
     api = MemoryApi(fault)
     with client_of(tmp_path, api, batch_events=2) as client:
         for n in range(6):
@@ -133,6 +135,7 @@ def test_a_batch_that_is_refused_for_good_does_not_hold_up_the_next(tmp_path: Pa
 
 
 def test_a_batch_that_is_too_large_is_split(tmp_path: Path) -> None:
+    """Case 96."""
     api = MemoryApi(lines_max=3)
     with client_of(tmp_path, api, batch_events=20) as client:
         for n in range(20):
@@ -142,6 +145,7 @@ def test_a_batch_that_is_too_large_is_split(tmp_path: Path) -> None:
 
 
 def test_a_full_spool_says_so_or_waits(tmp_path: Path) -> None:
+    """Case 89."""
     down = MemoryApi(*[never_arrived] * 1000)
     with client_of(tmp_path / "raise", down, spool_bytes_max=2000) as client:
         with pytest.raises(SpoolFull, match="not taken"):
@@ -176,6 +180,7 @@ def test_a_spool_from_which_the_hub_takes_nothing_for_too_long_is_full(tmp_path:
 
 
 def test_a_second_process_takes_a_set_of_its_own_and_what_it_leaves_is_sent(tmp_path: Path) -> None:
+    """Case 91."""
     down = MemoryApi(*[never_arrived] * 1000)
     with client_of(tmp_path, down) as first:
         first.send(event(1))
@@ -242,18 +247,40 @@ def left(spool: Path) -> list[int]:
 
 
 def test_a_kill_right_after_send_loses_nothing(tmp_path: Path) -> None:
+    """Case 87."""
     done = run("c = client()\nfor n in range(50): c.send({'deviceId': 'd', 'n': n})\nos.kill(os.getpid(), 9)", tmp_path)
     assert done.returncode == -signal.SIGKILL
     assert left(tmp_path) == list(range(50))
 
 
 def test_an_interpreter_that_ends_without_close_loses_nothing_and_ends_soon(tmp_path: Path) -> None:
+    """Case 102."""
     done = run("c = client()\nc.send({'deviceId': 'd', 'n': 1})", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert left(tmp_path) == [1]
 
 
+def test_an_interpreter_ends_although_the_hub_never_answers(tmp_path: Path) -> None:
+    """Case 102. The thread that waits for the answer does not hold it up for longer than `close` may take."""
+    script = """
+posted = threading.Event()
+
+class Silent(MemoryApi):
+    def post(self, body, headers):
+        posted.set()
+        threading.Event().wait()
+
+c = Client(spool=Path(sys.argv[1]), connect=Silent, linger_s=0.01)
+c.send({'deviceId': 'd', 'n': 1})
+assert posted.wait(20)
+"""
+    done = run(script, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert left(tmp_path) == [1]
+
+
 def test_a_child_after_fork_has_a_set_of_its_own(tmp_path: Path) -> None:
+    """Case 102."""
     script = """
 c = client()
 c.send({'deviceId': 'd', 'n': 1})
@@ -271,6 +298,7 @@ c.close()
 
 
 def test_a_signal_handler_may_send(tmp_path: Path) -> None:
+    """Case 102."""
     script = """
 import signal
 c = client()

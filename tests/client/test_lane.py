@@ -111,6 +111,7 @@ def every_cut(folder: Path, how: str, *, lines_max: int = 10_000, taken: Sequenc
 @pytest.mark.parametrize("lines_max", [10_000, 2])
 @pytest.mark.parametrize("how", HOW)
 def test_every_event_is_stored_once_whenever_it_dies(tmp_path: Path, how: str, lines_max: int) -> None:
+    """Cases 87, 88, 101; with `lines_max` also 96."""
     assert every_cut(tmp_path, how, lines_max=lines_max) == []
 
 
@@ -189,6 +190,7 @@ def test_without_looking_at_what_is_done_events_are_stored_twice(
 
 
 def test_an_open_file_cut_at_every_byte_keeps_the_events_before() -> None:
+    """Case 87."""
     text = open_lines(EVENTS)
     for cut in range(len(text) + 1):
         lines, damaged = read_open(text[:cut])
@@ -197,6 +199,7 @@ def test_an_open_file_cut_at_every_byte_keeps_the_events_before() -> None:
 
 
 def test_an_open_file_with_a_wrong_byte_loses_no_other_event(tmp_path: Path) -> None:
+    """Case 90."""
     text = open_lines(EVENTS)
     for at in range(0, len(text), 3):
         lines, damaged = read_open(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :])
@@ -205,6 +208,7 @@ def test_an_open_file_with_a_wrong_byte_loses_no_other_event(tmp_path: Path) -> 
 
 
 def test_a_damaged_batch_goes_to_quarantine_and_the_next_is_sent(tmp_path: Path) -> None:
+    """Case 90."""
     whole = b""
     for cut in itertools.count():
         spool, api = tmp_path / str(cut), MemoryApi()
@@ -227,7 +231,7 @@ def test_a_damaged_batch_goes_to_quarantine_and_the_next_is_sent(tmp_path: Path)
 
 
 def test_a_copy_of_a_spool_stores_nothing_twice(tmp_path: Path) -> None:
-    """Both go on from the same state: what is in both is recognised, what only one has is stored."""
+    """Case 92. Both go on from the same state: what is in both is recognised, what only one has is stored."""
     api, names = MemoryApi(), (f"p-{n}" for n in itertools.count())
     lane = open_lane(tmp_path / "a", Files(), lambda: next(names))
     for events in (EVENTS[:2], EVENTS[2:4]):
