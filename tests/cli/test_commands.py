@@ -54,6 +54,16 @@ def test_wrong_use_is_exit_2_and_touches_nothing(shell: Any) -> None:
     assert list(shell.folder.iterdir()) == []
 
 
+def test_send_without_a_spool_or_an_api_says_so(shell: Any) -> None:
+    (shell.folder / "file").write_bytes(b'{"deviceId":"d"}\n')
+    done = shell.run("send", "file", "--spool", "file/spool", "--url", "http://127.0.0.1:9")
+    assert done.returncode == 1 and b"The spool in file/spool cannot be opened" in done.stderr
+    assert b"Traceback" not in done.stderr
+    done = shell.run("send", "file", "--url", "http://127.0.0.1:9", "--timeout", "100ms")
+    assert done.returncode == 1 and done.stderr.count(b"gives no answer") == 2
+    assert b"1 wait in the spool in spool. The same command goes on from here." in done.stderr
+
+
 def test_dump_shows_frames_and_files(tmp_path: Path) -> None:
     lines = b'{"deviceId":"d"}\n' * 5
     plain = Frame(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import click
 
 from penstock.cli.options import api_url, echo_client_log, settings
-from penstock.errors import PenstockError, SettingsError
+from penstock.errors import PenstockError, SettingsError, SpoolError
 
 if TYPE_CHECKING:
     from penstock.client.feed import Feed
@@ -52,17 +52,20 @@ def send(values: Values, files: Sequence[str]) -> None:
     url, clock = api_url(values), SystemClock()
     echo_client_log()
     began = clock.monotonic()
-    feed = Feed(
-        folder,
-        lambda: HttpTransport(url, timeout_s=ANSWER_TIMEOUT_S),
-        lanes=values.count("lanes"),
-        device_field=field,
-        batch_events=values.count("batch"),
-        timeout_s=values.seconds("send-timeout"),
-        on_rejected=lambda rejected: _name(rejected, given),
-        clock=clock,
-        files=Files(),
-    )
+    try:
+        feed = Feed(
+            folder,
+            lambda: HttpTransport(url, timeout_s=ANSWER_TIMEOUT_S),
+            lanes=values.count("lanes"),
+            device_field=field,
+            batch_events=values.count("batch"),
+            timeout_s=values.seconds("send-timeout"),
+            on_rejected=lambda rejected: _name(rejected, given),
+            clock=clock,
+            files=Files(),
+        )
+    except OSError as error:
+        raise SpoolError(f"The spool in {folder} cannot be opened: {error}. Nothing was sent.") from error
     if feed.lanes != values.count("lanes"):
         click.echo(f"The spool in {folder} has {feed.lanes} lanes until it is empty.", err=True)
     try:
@@ -70,7 +73,7 @@ def send(values: Values, files: Sequence[str]) -> None:
         feed.finish()
         _report(feed.stats(), feed.skipped, clock.monotonic() - began)
         feed.forget()
-    except BaseException:
+    except BaseException as error:
         feed.close(_STOP_WITHIN_S)
         stats = feed.stats()
         click.echo(
@@ -78,6 +81,8 @@ def send(values: Values, files: Sequence[str]) -> None:
             "The same command goes on from here.",
             err=True,
         )
+        if isinstance(error, OSError):
+            raise SpoolError(f"The spool in {folder} cannot be written: {error}.") from error
         raise
     feed.close(_STOP_WITHIN_S)
     if feed.stats().rejected:
