@@ -317,6 +317,10 @@ class Client:
             while not self._stop.is_set() and lane.seal():
                 sender.wake.set()
                 self._board.changed.set()
+                if self._clock.monotonic() - now >= GROUP_SYNC_S:
+                    # The next sync is due, also when a lane's events come as fast as they are sealed.
+                    self._wake.set()
+                    break
         return any(lane.open_events for lane in self._spool.lanes)
 
     def _forget_threads(self) -> None:
