@@ -93,6 +93,11 @@ def test_without_a_key_it_pauses(status: int, body: object) -> None:
     assert isinstance(judged(status, body), Paused)
 
 
+@pytest.mark.parametrize("status, code", [(404, "not_found"), (405, "method_not_allowed")])
+def test_a_wrong_address_is_no_fault_of_the_batch(status: int, code: str) -> None:
+    assert isinstance(judged(status, problem(code, False)), Paused)
+
+
 def test_too_large_is_split() -> None:
     assert judged(413, problem("batch_too_large", False)) == Split("batch_too_large", "why")
     assert isinstance(foreign := judged(413, HTML), Split) and foreign.code == ""
@@ -112,7 +117,7 @@ def test_what_penstock_refuses_for_good_ends_the_batch() -> None:
 
     special = {"number_reused", "number_too_old", "producer_fenced", "no_valid_event"}
     for error in every(BatchRefused):
-        if not error.retryable and error.status not in (401, 403, 413) and error.code not in special:
+        if not error.retryable and error.status not in (401, 403, 404, 405, 413) and error.code not in special:
             assert judged(error.status, problem(error.code, False)) == Refused(error.code, "why")
 
 

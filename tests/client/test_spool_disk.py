@@ -105,6 +105,30 @@ def test_a_spool_in_which_no_batch_can_be_made_says_so(tmp_path: Path) -> None:
     assert numbers(api) == [*taken, taken[-1] + 2]
 
 
+def test_a_sync_that_failed_is_not_trusted_when_the_next_succeeds(tmp_path: Path) -> None:
+    """The system forgets what it could not write, and says so once. So the events are written anew, as a batch."""
+    failed: list[Path] = []
+
+    class Forgetful(Files):
+        def _fsync(self, fd: int) -> None:
+            path = Path(f"/proc/self/fd/{fd}").readlink()
+            if path.suffix == ".open" and not failed:
+                failed.append(path)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super()._fsync(fd)
+
+    down = MemoryApi(*[never_arrived] * 100_000)
+    with client_of(tmp_path, down, files=Forgetful(), linger_s=600) as client:
+        client.send(event(0))
+        wait_for("its batch is made", lambda: failed and list(tmp_path.glob("0/0/*.batch")))
+        wait_for("the open file is gone", lambda: not failed[0].exists())
+        client.send(event(1))
+    api = MemoryApi()
+    with client_of(tmp_path, api) as client:
+        client.flush()
+    assert numbers(api) == [0, 1]
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     made = SmallDisk(tmp_path / "disk", 1)

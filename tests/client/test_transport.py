@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.client import transport as transport_module
 from penstock.client.answers import Again, Paused, Reaction, Settled, reaction
 from penstock.client.transport import HttpTransport
 from penstock.errors import HubUnavailable, SettingsError
@@ -53,6 +54,15 @@ def test_the_connection_is_kept(url: str) -> None:
     assert (first.status, first.body, second.body) == (200, b"1", b"2")
     assert first.headers["x-connection"] == second.headers["x-connection"]
     assert first.headers["x-path"] == "/base/v1/events"
+    transport.close()
+
+
+def test_an_answer_without_end_is_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "ANSWER_BYTES_MAX", 1000)
+    transport = HttpTransport(url, timeout_s=5)
+    assert len(transport.post(b"1" * 1000, {}).body) == 1000
+    with pytest.raises(HubUnavailable, match="longer than any answer"):
+        transport.post(b"1" * 1001, {})
     transport.close()
 
 

@@ -6,6 +6,7 @@
     `number_reused`, `number_too_old`, `producer_fenced`                                        NewProducer, same bytes
     another code that Penstock refuses for good                                                 Refused
     401, 403, and whatever is not Penstock's: a portal's page, 3xx, a proxy's 404               Paused
+    404, 405 of Penstock itself: the address is wrong, and no batch is to blame                 Paused
 
 Only what Penstock itself says ends a batch. The rest keeps it, and says why it waits.
 """
@@ -25,7 +26,7 @@ from penstock.errors import BatchRefused
 RETRY_AFTER_S = (1.0, 900.0)
 _NEW_PRODUCER = frozenset(("number_reused", "number_too_old", "producer_fenced"))
 _AGAIN = frozenset((408, 425, 429))
-_FORBIDDEN = frozenset((401, 403))
+_NOT_THE_BATCH = frozenset((401, 403, 404, 405))
 
 
 class Rejection(msgspec.Struct, frozen=True):
@@ -116,7 +117,7 @@ def reaction(answer: Answer, *, batch: str, events: int, now_ms: int) -> Reactio
         return NewProducer(code, detail)
     if status in _AGAIN or 500 <= status <= 599 or (reply and code and reply.retryable):
         return Again(why, retry_after_s(answer.headers, now_ms))
-    if status in _FORBIDDEN or not code or status < 400 or not reply or reply.retryable is not False:
+    if status in _NOT_THE_BATCH or not code or status < 400 or not reply or reply.retryable is not False:
         return Paused(why)
     return Refused(code, detail)
 

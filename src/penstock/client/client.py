@@ -309,7 +309,13 @@ class Client:
         """Whether something is still open."""
         now = self._clock.monotonic()
         for number, lane in enumerate(self._spool.lanes):
-            lane.sync()
+            try:
+                lane.sync()
+            except OSError:
+                # The next sync may succeed without what this one lost, so the events are written anew, as a batch.
+                with self._mutex:
+                    lane.rotate()
+                raise
             with self._mutex:
                 if lane.open_events and now - self._opened_at.get(number, now) >= self._linger_s:
                     lane.rotate()

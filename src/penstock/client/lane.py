@@ -157,11 +157,16 @@ class Lane:
             file.sync()
 
     def rotate(self) -> None:
-        """End the open file: what follows is another batch's."""
+        """End the open file: what follows is another batch's. It is ended too when its sync fails: `seal` writes its events anew."""
         if self._open is None:
             return
-        self._open.sync()
-        self._open.close()
+        try:
+            self._open.sync()
+        finally:
+            self._end_open(self._open)
+
+    def _end_open(self, open_file: Appending) -> None:
+        open_file.close()
         file = _Ended(self._open_path.stem, self._open_path, self._open_events, self._open_bytes)
         with self._lock:
             self._rotated.append(file)

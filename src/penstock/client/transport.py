@@ -11,6 +11,9 @@ import msgspec
 
 from penstock.errors import HubUnavailable, SettingsError
 
+ANSWER_BYTES_MAX = 16 << 20
+"""Of a page that is no answer of ours there may be any number; ours name each rejected event."""
+
 
 class Answer(msgspec.Struct, frozen=True):
     """An HTTP answer read to its end. Header names are lower-case."""
@@ -67,9 +70,10 @@ class HttpTransport:
     def _exchange(self, body: bytes, headers: Mapping[str, str]) -> Answer:
         self._connection.request("POST", self._path, body, dict(headers))
         with self._connection.getresponse() as response:
-            answer = Answer(
-                response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
-            )
+            fields = {name.lower(): value for name, value in response.getheaders()}
+            answer = Answer(response.status, fields, response.read(ANSWER_BYTES_MAX))
+            if response.length or response.read(1):
+                raise http.client.HTTPException("the answer is cut short, or longer than any answer of Penstock")
         self._used = True
         return answer
 
