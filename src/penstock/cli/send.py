@@ -62,6 +62,7 @@ def send(values: Values, files: Sequence[str]) -> None:
         on_rejected=lambda rejected: _name(rejected, given),
         clock=clock,
         files=Files(),
+        reading=given,
     )
     if feed.lanes != values.count("lanes"):
         click.echo(f"The spool in {folder} has {feed.lanes} lanes until it is empty.", err=True)

@@ -16,7 +16,7 @@ import queue
 import random
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,7 @@ from penstock.client.sending import Board, Rejected, Sender, Stats, headers_of
 from penstock.client.spool import LaneOf, Spool
 from penstock.client.transport import Transport
 from penstock.clock import Clock
-from penstock.errors import FileChanged, GaveUp
+from penstock.errors import FileChanged, GaveUp, SettingsError
 from penstock.files import Files
 
 STDIN = "-"
@@ -56,7 +56,9 @@ class Feed:
         on_rejected: Callable[[Rejected], None],
         clock: Clock,
         files: Files,
+        reading: Collection[str] = (),
     ) -> None:
+        """`reading`: the files that will be given, as `Path.resolve` names them."""
         transports = [connect()]  # raises SettingsError for an address that cannot be one, before anything is touched
         self._spool = spool = Spool(
             folder,
@@ -65,6 +67,7 @@ class Feed:
             device_field=device_field,
             now_ms=clock.now_ms,
             new_producer=lambda: f"send-{secrets.token_hex(8)}",
+            reading=reading,
         )
         self._board = Board(on_rejected, clock, lambda: spool.events)
         self._device_field = device_field
@@ -112,11 +115,16 @@ class Feed:
                     lane.forget(source)
 
     def source(self, file: str) -> str:
-        """The name under which the lanes know a file, or `STDIN`. Raises FileChanged, OSError."""
+        """The name under which the lanes know a file, or `STDIN`. Raises FileChanged, SettingsError, OSError."""
         if file == STDIN:
             return source_of(file, secrets.token_hex(8))
         path = Path(file).resolve()
         about = path.stat()
+        if (other_set := self._spool.begun_elsewhere(str(path))) is not None:
+            raise SettingsError(
+                f"{file} was begun in another set of the spool, {other_set}, which knows the lines that were taken. Nothing of it was "
+                f"taken now. If a process uses that set (its pid is in {other_set / 'lock'}), let it end first; else give this file alone."
+            )
         source = source_of(str(path), f"{about.st_size}:{about.st_mtime_ns}:{self._device_field}")
         for lane in self._spool.lanes:
             for other, line in lane.taken.items():

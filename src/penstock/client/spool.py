@@ -9,18 +9,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from penstock.client.lane import Lane
+from penstock.client.lane import COMPLETE, Lane, is_done
+from penstock.client.records import State, file_of, read_header
+from penstock.errors import SpoolDamaged
 from penstock.files import Files, Held
 
-_LOCK = "lock"
+_LOCK, _STATE = "lock", "state.json"
 
 
 class Spool:
@@ -35,7 +39,9 @@ class Spool:
         device_field: str,
         now_ms: Callable[[], int],
         new_producer: Callable[[], str],
+        reading: Collection[str] = (),
     ) -> None:
+        """`reading`: the files whose lines will be put into the lanes. A set that knows how far one of them is taken is the one to use."""
         self.folder = folder
         self._files = files
         self._make: Callable[[Path], Lane] = lambda path: Lane(
@@ -43,7 +49,7 @@ class Spool:
         )
         self._held: list[Held] = []
         files.make_folders(folder)
-        self.lanes = self._own(lanes)
+        self.lanes = self._own(lanes, reading)
         self.left = list(self._adopted())
         self._all = (*self.lanes, *self.left)
 
@@ -83,17 +89,25 @@ class Spool:
         for held in self._held:
             held.release()
 
-    def _own(self, lanes: int) -> list[Lane]:
+    def begun_elsewhere(self, file: str) -> Path | None:
+        """Another set, whoever uses it, that has lines of a file and misses others of it."""
+        return next((folder for folder in self._sets() if folder != self._folder and file in _begun(folder)), None)
+
+    def _sets(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.name.isdigit())
+
+    def _own(self, lanes: int, reading: Collection[str]) -> list[Lane]:
         """The lanes of the first set that nobody uses. Their number stays as it is until all is sent, for the order of each device,
         and until what is being read from sources is read.
         """
-        for number in itertools.count():
-            folder = self.folder / str(number)
+        begun = [folder for folder in self._sets() if _begun(folder).intersection(reading)] if reading else []
+        for folder in itertools.chain(begun, (self.folder / str(number) for number in itertools.count())):
             self._files.make_folders(folder)
             held = self._files.hold(folder / _LOCK)
             if held is None:
                 continue
             self._held.append(held)
+            self._folder = folder
             found = [self._make(path) for path in _lane_folders(folder)]
             if any(lane.bytes or lane.taken for lane in found):
                 return found
@@ -102,7 +116,7 @@ class Spool:
 
     def _adopted(self) -> Iterator[Lane]:
         """Lanes with something to send whose process is gone."""
-        for folder in sorted(path for path in self.folder.iterdir() if path.name.isdigit()):
+        for folder in self._sets():
             held = self._files.hold(folder / _LOCK)
             if held is None:
                 continue
@@ -130,6 +144,28 @@ class LaneOf:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return 0
         return zlib.crc32(device.encode()) % self._lanes
+
+
+def _begun(folder: Path) -> set[str]:
+    """The files of which a set has lines and misses others."""
+    taken = [_taken(path) for path in _lane_folders(folder)]
+    complete = {source for source, line in taken[0].items() if line == COMPLETE} if taken else set[str]()
+    return {file_of(source) for lane in taken for source in lane if source not in complete}
+
+
+def _taken(folder: Path) -> dict[str, int]:
+    """What `Lane.taken` would be, without a lock: what another process is just changing may be missing."""
+    taken: dict[str, int] = {}
+    batch = ""
+    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+        state = msgspec.json.decode((folder / _STATE).read_bytes(), type=State)
+        taken, batch = state.taken, state.batch
+    for name in sorted((entry.name for entry in os.scandir(folder) if entry.name.endswith(".batch")), reverse=True):
+        if is_done(name.partition("-")[0], batch):
+            break
+        with contextlib.suppress(FileNotFoundError, SpoolDamaged):
+            return taken | read_header((folder / name).read_bytes()).taken
+    return taken
 
 
 def _lane_folders(folder: Path) -> list[Path]:
