@@ -88,9 +88,11 @@ class Feed:
         self._forget_ended()
         headers = headers_of(device_field)
         self._threads = []
+        self._senders = []
         for number, lane in enumerate((*spool.lanes, *spool.left)):
             transport = transports.pop() if transports else connect()
             sender = Sender(lane, transport, self._board, clock, random.random, headers)
+            self._senders.append(sender)
             given = (lane, sender, self._queues[number] if number < len(self._queues) else None)
             self._threads.append(threading.Thread(target=self._run, args=given, name=f"lane-{number}", daemon=True))
         for thread in self._threads:
@@ -201,6 +203,8 @@ class Feed:
         until = self._clock.monotonic() + within_s
         for thread in self._threads:
             thread.join(max(0.0, until - self._clock.monotonic()))
+        for sender in self._senders:
+            sender.abandon()
         self._spool.close()
 
     def _hand(self, lane: int) -> None:

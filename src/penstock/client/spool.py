@@ -49,8 +49,14 @@ class Spool:
         )
         self._held: list[Held] = []
         files.make_folders(folder)
-        self.lanes = self._own(lanes, reading)
-        self.left = list(self._adopted())
+        try:
+            self.lanes = self._own(lanes, reading)
+            self.left = list(self._adopted())
+        except BaseException:
+            # Who tries again in this process must find the sets free.
+            for held in self._held:
+                held.release()
+            raise
         self._all = (*self.lanes, *self.left)
 
     # Lists and no generators: two of these are looked at for each event.
@@ -77,10 +83,12 @@ class Spool:
 
     def close(self) -> None:
         """What was taken is durable, and another process may use the set."""
-        for lane in self.lanes:
-            lane.close()
-        for held in self._held:
-            held.release()
+        try:
+            for lane in self.lanes:
+                lane.close()
+        finally:
+            for held in self._held:
+                held.release()
 
     def abandon(self) -> None:
         """In a child after a fork: let go of the parent's files without a word to the disk."""
@@ -120,12 +128,12 @@ class Spool:
             held = self._files.hold(folder / _LOCK)
             if held is None:
                 continue
+            self._held.append(held)
             lanes = [lane for path in _lane_folders(folder) if (lane := self._make(path)).bytes]
             if lanes:
-                self._held.append(held)
                 yield from lanes
             else:
-                held.release()
+                self._held.pop().release()
 
 
 class LaneOf:
