@@ -27,6 +27,7 @@ from penstock.errors import HubUnavailable
 BACKOFF_S = (0.2, 60.0)
 PAUSE_S = (5.0, 300.0)
 _IDLE_S, _ACT_S = 1.0, 2.0
+_ELSEWHERE = "another copy of this spool has used this number: for this event too if it is older than the copy; else send it again"
 _log = logging.getLogger("penstock.client")
 _log.addHandler(logging.NullHandler())  # a program that sets up no logging sees nothing on its stderr
 
@@ -293,8 +294,16 @@ class Sender:
 
     def _renumber(self, batch: Batch, numbered: Numbered, answered: NewProducer) -> float:
         if answered.code == "number_too_old" and not numbered.anew:
-            # The number stood in the spool when this process began, and the hub has later ones of this producer: a copy of this spool went
-            # on from here, and a lane goes on only when the batch before is settled. So it settled this one.
+            # The hub has later numbers of this producer: a copy of this spool went on. If the batch was in the spool when that was copied,
+            # the copy has settled it; if it was taken after that, by a process that ended before it was sent, nobody has. It
+            # cannot be told here, so it is neither sent again nor deleted.
+            self._lane.bury(
+                numbered,
+                [
+                    Dead.of(line, answered.code, _ELSEWHERE, batch.place(index))
+                    for index, line in enumerate(batch.lines())
+                ],
+            )
             self._lane.done(batch, stored=True)
             self._board.elsewhere(batch.header.events)
             return 0.0
