@@ -15,10 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from penstock.client import sending
 from penstock.client.client import Client
 from penstock.client.lane import DEAD
 from penstock.client.sending import Rejected
-from penstock.errors import FlushTimeout, HubUnavailable, SpoolClosed, SpoolFull
+from penstock.errors import FlushTimeout, HubUnavailable, SettingsError, SpoolClosed, SpoolFull
+from penstock.files import Files
 from tests.client.conftest import Fault, MemoryApi, answer, lost_answer, never_arrived, problem, says
 
 
@@ -117,6 +119,94 @@ def test_rejected_events_are_told_and_kept(tmp_path: Path) -> None:
     assert [(one.event, one.code) for one in told] == [(b"!bad", "not_json")]
     [grave] = (tmp_path / DEAD).iterdir()
     assert json.loads(grave.read_bytes())["event"] == "!bad"
+
+
+def test_a_callback_that_raises_does_not_end_its_lane(tmp_path: Path) -> None:
+    def raises(_rejected: Rejected) -> None:
+        raise KeyError("a fault of the program's")
+
+    api = MemoryApi()
+    with client_of(tmp_path, api, on_rejected=raises) as client:
+        for n in range(3):
+            client.send_many([event(n), b"!bad"])
+            client.flush(timeout_s=10)
+        assert client.stats().rejected == 3
+    assert numbers(api) == [0, 1, 2]
+
+
+def test_a_callback_may_close_the_client(tmp_path: Path) -> None:
+    told: list[Rejected] = []
+    closed = threading.Event()
+
+    def close(rejected: Rejected) -> None:
+        told.append(rejected)
+        client.close()
+        closed.set()
+
+    client = client_of(tmp_path, MemoryApi(), on_rejected=close)
+    client.send(b"!bad")
+    assert closed.wait(10)
+    with client_of(tmp_path, MemoryApi()) as after:
+        assert after.stats().waiting_events == 0
+    assert len(told) == 1
+
+
+def test_a_lane_that_fails_in_an_unforeseen_way_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_api: MemoryApi, _body: bytes, _number: str) -> None:
+        if not mended.is_set():
+            raise ValueError("Invalid header value")
+
+    monkeypatch.setattr(sending, "PAUSE_S", (0.01, 0.02))
+    mended = threading.Event()
+    api = MemoryApi(*[fails] * 10_000)
+    with client_of(tmp_path, api) as client:
+        client.send(event(1))
+        with pytest.raises(FlushTimeout, match="Invalid header value"):
+            client.flush(timeout_s=0.3)
+        assert client.stats().state == "paused"
+        mended.set()
+        client.flush(timeout_s=10)
+    assert numbers(api) == [1]
+
+
+def test_an_answer_that_comes_after_close_does_not_touch_the_next_client(tmp_path: Path) -> None:
+    asked, gate, api = threading.Event(), threading.Event(), MemoryApi()
+
+    def slow(_api: MemoryApi, _body: bytes, _number: str) -> None:
+        asked.set()
+        assert gate.wait(30)
+
+    def away(_api: MemoryApi, _body: bytes, _number: str) -> None:
+        if not gate.is_set() or first._threads[1].is_alive():
+            raise HubUnavailable("away")
+
+    first = client_of(tmp_path, MemoryApi(slow))
+    first.send(event(1))
+    assert asked.wait(10)
+    first.close(timeout_s=0)
+    api = MemoryApi(*[away] * 10_000)
+    with client_of(tmp_path, api) as second:
+        gate.set()
+        first._threads[1].join(10)
+        second.flush(timeout_s=10)
+    assert numbers(api) == [1]
+
+
+def test_a_client_that_could_not_be_opened_leaves_the_spool_to_the_next(tmp_path: Path) -> None:
+    class Sick(Files):
+        def replace(self, path: Path, body: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+    with client_of(tmp_path, MemoryApi(*[never_arrived] * 1000)) as client:
+        client.send(event(1))
+    with pytest.raises(SettingsError):
+        Client("htp://hub", spool=tmp_path)
+    (tmp_path / "0/0/state.json").unlink()
+    with pytest.raises(OSError, match="No space left"):
+        client_of(tmp_path, MemoryApi(), files=Sick())
+    assert left(tmp_path) == [1]
 
 
 @pytest.mark.parametrize(

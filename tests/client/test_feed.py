@@ -22,10 +22,11 @@ from penstock.client.sending import Rejected, Stats
 from penstock.client.spool import LaneOf
 from penstock.client.transport import Answer
 from penstock.clock import SystemClock
-from penstock.errors import FileChanged, GaveUp
+from penstock.errors import FileChanged, GaveUp, SettingsError
 from penstock.files import Files
 from tests.client.conftest import MemoryApi, lost_answer, never_arrived, problem, says
 from tests.client.power import PowerCut, PowerFiles
+from tests.client.test_client import client_of
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,7 @@ class Machine:
             on_rejected=self.rejected.append,
             clock=SystemClock(),
             files=files or Files(),
+            reading=[file or str(self.file)],
         )
         try:
             feed.begin(feed.source(file or str(self.file)))
@@ -189,6 +191,40 @@ def test_the_number_of_lanes_stays_until_the_file_is_sent(tmp_path: Path) -> Non
     machine.feed(api, lanes=1)
     assert sorted(api.stored) == sorted(events(50))
     assert len(list(tmp_path.glob("spool/0/*/state.json"))) == 3
+
+
+def test_a_file_goes_on_in_the_set_that_knows_its_lines(tmp_path: Path) -> None:
+    """It was sent beside another process, which is gone when the same command is given again."""
+    api, machine = MemoryApi(), Machine(tmp_path, events(50))
+    with client_of(tmp_path / "spool", api), pytest.raises(PowerCut):
+        machine.feed(api, until=40)
+    _, skipped = machine.feed(api)
+    assert skipped > 0 and api.stored == events(50)
+
+
+def test_a_file_whose_lines_another_process_knows_is_refused(tmp_path: Path) -> None:
+    api, machine = MemoryApi(), Machine(tmp_path, events(50))
+    with pytest.raises(PowerCut):
+        machine.feed(api, until=40)
+    with client_of(tmp_path / "spool", api) as client:
+        client.flush()
+        with pytest.raises(SettingsError, match=r"spool/0, .*Nothing of it was taken"):
+            machine.feed(api)
+    machine.feed(api)
+    assert api.stored == events(50)
+
+
+def test_files_that_were_begun_in_two_sets_go_on_one_by_one(tmp_path: Path) -> None:
+    api, one, two = MemoryApi(), Machine(tmp_path, events(50)), Machine(tmp_path, events(50))
+    two.file = tmp_path / "two.ndjson"
+    two.write([b'{"deviceId":"e","n":%d}' % n for n in range(50)])
+    with client_of(tmp_path / "spool", api), pytest.raises(PowerCut):
+        two.feed(api, until=40)
+    with pytest.raises(PowerCut):
+        one.feed(api, until=40)
+    two.feed(api)
+    one.feed(api)
+    assert len(api.stored) == len(set(api.stored)) == 100
 
 
 def test_a_file_that_changed_in_between_is_refused(tmp_path: Path) -> None:

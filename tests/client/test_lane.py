@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from penstock.client import lane as lane_module
 from penstock.client.lane import DEAD, QUARANTINE, Lane
 from penstock.client.records import Batch, State, open_lines, read_open
 from penstock.client.sending import Board, Sender
+from penstock.client.transport import Answer
 from penstock.files import Files
 from penstock.testing import FakeClock
-from tests.client.conftest import MemoryApi, lost_answer
+from tests.client.conftest import MemoryApi, lost_answer, problem
 from tests.client.power import PowerCut, PowerFiles
 
 test_lane = sys.modules[__name__]
@@ -248,6 +250,34 @@ def test_a_copy_of_a_spool_stores_nothing_twice(tmp_path: Path) -> None:
         drain(lane, api)
     assert sorted(api.stored, key=EVENTS.index) == EVENTS
     assert lanes[1].state.producer != lanes[0].state.producer
+
+
+class Forgetful(MemoryApi):
+    """Knows the last five numbers of a producer, as the hub does."""
+
+    def store(self, body: bytes, number: str) -> Answer:
+        producer, _, rest = number.partition(";epoch=1;sequence=")
+        if int(rest.partition(";")[0]) <= self.last.get(producer, 0) - 5:
+            return problem(422, "number_too_old", retryable=False)
+        return super().store(body, number)
+
+
+def test_what_a_copy_took_and_could_not_send_before_it_was_restarted_is_not_lost(tmp_path: Path) -> None:
+    """Machines are cloned from one whose client has run. One clone sends; the other is away from the network, and restarted there."""
+    api, names = Forgetful(), (f"p-{n}" for n in itertools.count())
+    open_lane(tmp_path / "a", Files(), lambda: next(names))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    lane = open_lane(tmp_path / "a", Files(), lambda: next(names))
+    for event in EVENTS[:8]:
+        lane.append([event])
+        lane.rotate()
+        drain(lane, api)
+    lane = open_lane(tmp_path / "b", Files(), lambda: next(names))
+    lane.append(EVENTS[8:])
+    lane.rotate()
+    lane.seal()
+    drain(open_lane(tmp_path / "b", Files(), lambda: next(names)), api)
+    assert sorted([*api.stored, *(text.encode() for text in dead_of(tmp_path / "b"))], key=EVENTS.index) == EVENTS
 
 
 def test_rejected_events_are_buried_once(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def send(values: Values, files: Sequence[str]) -> None:
             on_rejected=lambda rejected: _name(rejected, given),
             clock=clock,
             files=Files(),
+            reading=given,
         )
     except OSError as error:
         raise SpoolError(f"The spool in {folder} cannot be opened: {error}. Nothing was sent.") from error

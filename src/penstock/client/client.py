@@ -102,6 +102,7 @@ class Client:
         self._unwritable: OSError | None = None
         self._unlooked = 0
         self._opened_at: dict[int, float] = {}
+        self._connect().close()  # raises SettingsError for an address that cannot be one, before anything is touched
         self._spool = self._open_spool()
         self._lane_of = LaneOf(device_field, len(self._spool.lanes))
         self._senders: list[Sender] = []
@@ -162,7 +163,10 @@ class Client:
             sender.stop()
         until = self._clock.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(max(0.0, until - self._clock.monotonic()))
+            if thread is not threading.current_thread():  # it is in on_rejected
+                thread.join(max(0.0, until - self._clock.monotonic()))
+        for sender in self._senders:
+            sender.abandon()
         self._spool.close()
         _clients.discard(self)
 

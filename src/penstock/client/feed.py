@@ -16,7 +16,7 @@ import queue
 import random
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,7 @@ from penstock.client.sending import Board, Rejected, Sender, Stats, headers_of
 from penstock.client.spool import LaneOf, Spool
 from penstock.client.transport import Transport
 from penstock.clock import Clock
-from penstock.errors import FileChanged, GaveUp
+from penstock.errors import FileChanged, GaveUp, SettingsError
 from penstock.files import Files
 
 STDIN = "-"
@@ -57,7 +57,9 @@ class Feed:
         on_rejected: Callable[[Rejected], None],
         clock: Clock,
         files: Files,
+        reading: Collection[str] = (),
     ) -> None:
+        """`reading`: the files that will be given, as `Path.resolve` names them."""
         transports = [connect()]  # raises SettingsError for an address that cannot be one, before anything is touched
         self._spool = spool = Spool(
             folder,
@@ -66,6 +68,7 @@ class Feed:
             device_field=device_field,
             now_ms=clock.now_ms,
             new_producer=lambda: f"send-{secrets.token_hex(8)}",
+            reading=reading,
         )
         self._board = Board(on_rejected, clock, lambda: spool.events)
         self._device_field = device_field
@@ -89,9 +92,11 @@ class Feed:
         self._forget_ended()
         headers = headers_of(device_field)
         self._threads = []
+        self._senders = []
         for number, lane in enumerate((*spool.lanes, *spool.left)):
             transport = transports.pop() if transports else connect()
             sender = Sender(lane, transport, self._board, clock, random.random, headers)
+            self._senders.append(sender)
             given = (lane, sender, self._queues[number] if number < len(self._queues) else None)
             self._threads.append(threading.Thread(target=self._run, args=given, name=f"lane-{number}", daemon=True))
         for thread in self._threads:
@@ -116,11 +121,16 @@ class Feed:
                     lane.forget(source)
 
     def source(self, file: str) -> str:
-        """The name under which the lanes know a file, or `STDIN`. Raises FileChanged, OSError."""
+        """The name under which the lanes know a file, or `STDIN`. Raises FileChanged, SettingsError, OSError."""
         if file == STDIN:
             return source_of(file, secrets.token_hex(8))
         path = Path(file).resolve()
         about = path.stat()
+        if (other_set := self._spool.begun_elsewhere(str(path))) is not None:
+            raise SettingsError(
+                f"{file} was begun in another set of the spool, {other_set}, which knows the lines that were taken. Nothing of it was "
+                f"taken now. If a process uses that set (its pid is in {other_set / 'lock'}), let it end first; else give this file alone."
+            )
         source = source_of(str(path), f"{about.st_size}:{about.st_mtime_ns}:{self._device_field}")
         for lane in self._spool.lanes:
             for other, line in lane.taken.items():
@@ -208,6 +218,8 @@ class Feed:
         until = self._clock.monotonic() + within_s
         for thread in self._threads:
             thread.join(max(0.0, until - self._clock.monotonic()))
+        for sender in self._senders:
+            sender.abandon()
         self._spool.close()
 
     def _hand(self, lane: int) -> None:

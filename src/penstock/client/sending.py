@@ -26,7 +26,8 @@ from penstock.errors import HubUnavailable
 
 BACKOFF_S = (0.2, 60.0)
 PAUSE_S = (5.0, 300.0)
-_IDLE_S = 1.0
+_IDLE_S, _ACT_S = 1.0, 2.0
+_ELSEWHERE = "another copy of this spool has used this number: for this event too if it is older than the copy; else send it again"
 _log = logging.getLogger("penstock.client")
 _log.addHandler(logging.NullHandler())  # a program that sets up no logging sees nothing on its stderr
 
@@ -104,10 +105,14 @@ class Board:
             self._rejected += len(rejected)
             self.settled_at = self._clock.monotonic()
         self.well()
+        self.changed.set()
         if self._on_rejected is not None:
             for one in rejected:
-                self._on_rejected(one)
-        self.changed.set()
+                try:
+                    self._on_rejected(one)
+                except Exception:
+                    # The event is in the dead letters. A lane that ended here would hold up all that comes behind.
+                    _log.exception("on_rejected raised: code=%s", one.code)
 
     def begin(self) -> None:
         """From now on something waits for the hub."""
@@ -187,16 +192,34 @@ class Sender:
         self._jitter = jitter
         self._headers = headers
         self._failed = 0
+        self._acting = threading.RLock()
+        self._abandoned = False
 
     def stop(self) -> None:
         """End after the answer that is under way."""
         self._stop.set()
         self.wake.set()
 
+    def abandon(self) -> None:
+        """The answer that is under way came too late: whoever uses the lane next posts the batch again, under its number.
+
+        When it returns, this sender touches the lane no more. It waits only for the disk, and not for ever: `on_rejected` may be waiting
+        for the thread that closes.
+        """
+        self._abandoned = True
+        if self._acting.acquire(timeout=_ACT_S):
+            self._acting.release()
+
     def run(self) -> None:
         try:
             while not self._stop.is_set():
-                wait_s = self.step()
+                try:
+                    wait_s = self.step()
+                except Exception as error:
+                    # A thread that ended here would leave its lane standing, and nobody would say so.
+                    _log.exception("A lane failed, and tries again")
+                    self._board.trouble(f"{type(error).__name__}: {error}", state="paused")
+                    wait_s = PAUSE_S[0] + self._backoff(PAUSE_S)
                 if wait_s is None:
                     self._clock.wait(self.wake, _IDLE_S)
                     self.wake.clear()
@@ -216,7 +239,9 @@ class Sender:
             if batch is None:
                 return None
             numbered = self._lane.number(batch)
-            return self._act(batch, numbered, self._post(batch, numbered))
+            answered = self._post(batch, numbered)
+            with self._acting:
+                return None if self._abandoned else self._act(batch, numbered, answered)
         except OSError as error:
             self._board.trouble(f"The spool cannot be written: {error}")
             return self._backoff(BACKOFF_S)
@@ -269,8 +294,16 @@ class Sender:
 
     def _renumber(self, batch: Batch, numbered: Numbered, answered: NewProducer) -> float:
         if answered.code == "number_too_old" and not numbered.anew:
-            # The number stood in the spool when this process began, and the hub has later ones of this producer: a copy of this spool went
-            # on from here, and a lane goes on only when the batch before is settled. So it settled this one.
+            # The hub has later numbers of this producer: a copy of this spool went on. If the batch was in the spool when that was copied,
+            # the copy has settled it; if it was taken after that, by a process that ended before it was sent, nobody has. It
+            # cannot be told here, so it is neither sent again nor deleted.
+            self._lane.bury(
+                numbered,
+                [
+                    Dead.of(line, answered.code, _ELSEWHERE, batch.place(index))
+                    for index, line in enumerate(batch.lines())
+                ],
+            )
             self._lane.done(batch, stored=True)
             self._board.elsewhere(batch.header.events)
             return 0.0

@@ -9,18 +9,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from penstock.client.lane import Lane
+from penstock.client.lane import COMPLETE, Lane, is_done
+from penstock.client.records import State, file_of, read_header
+from penstock.errors import SpoolDamaged
 from penstock.files import Files, Held
 
-_LOCK = "lock"
+_LOCK, _STATE = "lock", "state.json"
 _OPENING, _CLOSING = b"{}"
 
 
@@ -36,7 +40,9 @@ class Spool:
         device_field: str,
         now_ms: Callable[[], int],
         new_producer: Callable[[], str],
+        reading: Collection[str] = (),
     ) -> None:
+        """`reading`: the files whose lines will be put into the lanes. A set that knows how far one of them is taken is the one to use."""
         self.folder = folder
         self._files = files
         self._make: Callable[[Path], Lane] = lambda path: Lane(
@@ -44,8 +50,14 @@ class Spool:
         )
         self._held: list[Held] = []
         files.make_folders(folder)
-        self.lanes = self._own(lanes)
-        self.left = list(self._adopted())
+        try:
+            self.lanes = self._own(lanes, reading)
+            self.left = list(self._adopted())
+        except BaseException:
+            # Who tries again in this process must find the sets free.
+            for held in self._held:
+                held.release()
+            raise
         self._all = (*self.lanes, *self.left)
 
     # Lists and no generators: two of these are looked at for each event.
@@ -72,10 +84,12 @@ class Spool:
 
     def close(self) -> None:
         """What was taken is durable, and another process may use the set."""
-        for lane in self.lanes:
-            lane.close()
-        for held in self._held:
-            held.release()
+        try:
+            for lane in self.lanes:
+                lane.close()
+        finally:
+            for held in self._held:
+                held.release()
 
     def abandon(self) -> None:
         """In a child after a fork: let go of the parent's files without a word to the disk."""
@@ -84,17 +98,25 @@ class Spool:
         for held in self._held:
             held.release()
 
-    def _own(self, lanes: int) -> list[Lane]:
+    def begun_elsewhere(self, file: str) -> Path | None:
+        """Another set, whoever uses it, that has lines of a file and misses others of it."""
+        return next((folder for folder in self._sets() if folder != self._folder and file in _begun(folder)), None)
+
+    def _sets(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.name.isdigit())
+
+    def _own(self, lanes: int, reading: Collection[str]) -> list[Lane]:
         """The lanes of the first set that nobody uses. Their number stays as it is until all is sent, for the order of each device,
         and until what is being read from sources is read.
         """
-        for number in itertools.count():
-            folder = self.folder / str(number)
+        begun = [folder for folder in self._sets() if _begun(folder).intersection(reading)] if reading else []
+        for folder in itertools.chain(begun, (self.folder / str(number) for number in itertools.count())):
             self._files.make_folders(folder)
             held = self._files.hold(folder / _LOCK)
             if held is None:
                 continue
             self._held.append(held)
+            self._folder = folder
             found = [self._make(path) for path in _lane_folders(folder)]
             if any(lane.bytes or lane.taken for lane in found):
                 return found
@@ -103,16 +125,16 @@ class Spool:
 
     def _adopted(self) -> Iterator[Lane]:
         """Lanes with something to send whose process is gone."""
-        for folder in sorted(path for path in self.folder.iterdir() if path.name.isdigit()):
+        for folder in self._sets():
             held = self._files.hold(folder / _LOCK)
             if held is None:
                 continue
+            self._held.append(held)
             lanes = [lane for path in _lane_folders(folder) if (lane := self._make(path)).bytes]
             if lanes:
-                self._held.append(held)
                 yield from lanes
             else:
-                held.release()
+                self._held.pop().release()
 
 
 class LaneOf:
@@ -148,6 +170,28 @@ class LaneOf:
 
     def _lane(self, device: str) -> int:
         return zlib.crc32(device.encode()) % self._lanes
+
+
+def _begun(folder: Path) -> set[str]:
+    """The files of which a set has lines and misses others."""
+    taken = [_taken(path) for path in _lane_folders(folder)]
+    complete = {source for source, line in taken[0].items() if line == COMPLETE} if taken else set[str]()
+    return {file_of(source) for lane in taken for source in lane if source not in complete}
+
+
+def _taken(folder: Path) -> dict[str, int]:
+    """What `Lane.taken` would be, without a lock: what another process is just changing may be missing."""
+    taken: dict[str, int] = {}
+    batch = ""
+    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
+        state = msgspec.json.decode((folder / _STATE).read_bytes(), type=State)
+        taken, batch = state.taken, state.batch
+    for name in sorted((entry.name for entry in os.scandir(folder) if entry.name.endswith(".batch")), reverse=True):
+        if is_done(name.partition("-")[0], batch):
+            break
+        with contextlib.suppress(FileNotFoundError, SpoolDamaged):
+            return taken | read_header((folder / name).read_bytes()).taken
+    return taken
 
 
 def _lane_folders(folder: Path) -> list[Path]:
