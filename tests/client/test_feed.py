@@ -7,6 +7,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader, BytesIO
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from penstock.client import feed as feed_module
 from penstock.client import sending
 from penstock.client import spool as spool_module
-from penstock.client.feed import STDIN, Feed
+from penstock.client.feed import STDIN, Feed, lines_of
 from penstock.client.lane import DEAD, Lane
 from penstock.client.sending import Rejected, Stats
 from penstock.client.spool import LaneOf
@@ -34,7 +35,6 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "BACKOFF_S", (0.001, 0.01))
     monkeypatch.setattr(sending, "PAUSE_S", (0.001, 0.01))
     monkeypatch.setattr(feed_module, "_LOOK_S", 0.01)
-    monkeypatch.setattr(feed_module, "_TOGETHER", 2)
 
 
 def events(count: int, devices: int = 5) -> list[bytes]:
@@ -92,7 +92,7 @@ class Machine:
         try:
             feed.begin(feed.source(file or str(self.file)))
             for number, line in enumerate(self.file.read_bytes().splitlines(), 1):
-                feed.add(line, number)
+                feed.add([line], number)
                 if number == until:
                     raise PowerCut
             feed.end()
@@ -319,6 +319,37 @@ def test_little_lies_in_the_spool_while_the_api_is_down(tmp_path: Path) -> None:
     machine.feed(api, batch=1)
     opener.join()
     assert api.stored == events(50) and max(most) == 1
+
+
+@pytest.mark.parametrize("read_bytes", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_lines_are_cut_wherever_the_reads_end(monkeypatch: pytest.MonkeyPatch, read_bytes: int, end: bytes) -> None:
+    monkeypatch.setattr(feed_module, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(feed_module, "RAW_BYTES_MAX", 12)
+    given = [b"a", b"", b"bc\r", b"x" * 2000, b"d" * 12, b"e", b"y" * 2000, b"f"]
+    found: dict[int, bytes | None] = {}
+    for first, lines in lines_of(BufferedReader(BytesIO(b"\n".join(given) + end), 1)):
+        found |= {first: None} if lines is None else dict(enumerate(lines, first))
+    if read_bytes < 1000:
+        assert found == {n: None if len(line) == 2000 else line for n, line in enumerate(given, 1)}
+    else:
+        assert list(found) == list(range(1, 9))
+
+
+def test_batches_hold_no_more_than_they_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "RAW_BYTES_MAX", 100)
+    sizes: list[tuple[int, int]] = []
+
+    class Measuring(MemoryApi):
+        def store(self, body: bytes, number: str) -> Answer:
+            raw = zlib.decompress(body, 31)
+            sizes.append((len(raw), raw.count(b"\n")))
+            return super().store(body, number)
+
+    api, lines = Measuring(), [b'{"deviceId":"d","x":"%s"}' % (b"x" * (n % 50)) for n in range(40)]
+    Machine(tmp_path, lines).feed(api, batch=4)
+    assert api.stored == lines
+    assert max(raw for raw, _ in sizes) <= 100 and max(count for _, count in sizes) <= 4
 
 
 def test_a_device_is_always_in_one_lane() -> None:

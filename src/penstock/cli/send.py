@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING
 
 import click
 
@@ -134,34 +134,30 @@ def _read_all(files: Sequence[str], feed: Feed) -> None:
 
 
 def _read(file: str, source: str, feed: Feed, moved: Callable[[int], None] | None) -> None:
+    from penstock.client.feed import lines_of
     from penstock.client.records import RAW_BYTES_MAX
 
     feed.begin(source)
-    with _opened(file) as (lines, raw):
-        number = 0
+    number = 1
+    with _opened(file) as (stream, raw):
         try:
-            while line := lines.readline(RAW_BYTES_MAX):
-                number += 1
-                if moved and number % 500 == 0:
-                    moved(raw.tell())
-                if not line.endswith(b"\n") and len(line) == RAW_BYTES_MAX:
-                    while (rest := lines.readline(RAW_BYTES_MAX)) and not rest.endswith(b"\n"):
-                        continue
+            for number, lines in lines_of(stream):
+                if lines is None:
                     feed.reject(number, "event_too_large", f"longer than {RAW_BYTES_MAX} bytes")
-                elif line := line.strip(b" \t\r\n"):
-                    feed.add(line, number)
+                else:
+                    feed.add(lines, number)
+                if moved:
+                    moved(raw.tell())
         except (OSError, EOFError, zlib.error) as error:
             raise PenstockError(f"{file} cannot be read behind line {number}: {error}.") from error
     feed.end()
 
 
 @contextlib.contextmanager
-def _opened(file: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Lines, unzipped if they are zipped, and the file that they come from."""
+def _opened(file: str) -> Iterator[tuple[io.BufferedReader | gzip.GzipFile, io.BufferedReader]]:
+    """A file unzipped if it is zipped, and as it is."""
     with contextlib.ExitStack() as closing:
         raw = sys.stdin.buffer if file == "-" else closing.enter_context(Path(file).open("rb"))
         assert isinstance(raw, io.BufferedReader), "a binary file that is open for reading is buffered"
-        if raw.peek(2)[:2] == b"\x1f\x8b":
-            yield cast(BinaryIO, closing.enter_context(gzip.GzipFile(fileobj=raw))), raw
-        else:
-            yield raw, raw
+        zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+        yield closing.enter_context(gzip.GzipFile(fileobj=raw)) if zipped else raw, raw

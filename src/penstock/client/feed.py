@@ -16,8 +16,9 @@ import queue
 import random
 import secrets
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -33,13 +34,17 @@ from penstock.files import Files
 STDIN = "-"
 _WAITING_MAX = 1
 _LOOK_S = 0.2
-_TOGETHER, _TOGETHER_BYTES = 500, 256 << 10
+_READ_BYTES = 256 << 10
 
 
 class _Part(msgspec.Struct, frozen=True, gc=False):
     source: str
     lines: Sequence[bytes]
     numbers: Sequence[int]
+
+
+class Readable(Protocol):
+    def read1(self, size: int = -1, /) -> bytes: ...
 
 
 class Feed:
@@ -81,10 +86,6 @@ class Feed:
         self._queues: list[queue.Queue[_Part | None]] = [queue.Queue(_WAITING_MAX) for _ in spool.lanes]
         self._lines: list[list[bytes]] = [[] for _ in spool.lanes]
         self._numbers: list[list[int]] = [[] for _ in spool.lanes]
-        self._bytes = [0] * len(spool.lanes)
-        self._fresh: list[bytes] = []
-        self._fresh_numbers: list[int] = []
-        self._fresh_bytes = 0
         self._sources: list[str] = []
         self._source = ""
         self._skip = [0] * len(spool.lanes)
@@ -148,30 +149,22 @@ class Feed:
         self._skip = [lane.taken.get(self._source, 0) for lane in self._spool.lanes]
         self._sources.append(self._source)
 
-    def add(self, line: bytes, number: int) -> None:
-        """Take the line of this number, from 1, without its line feed and not empty. Waits while its lane is full."""
-        self._fresh.append(line)
-        self._fresh_numbers.append(number)
-        self._fresh_bytes += len(line)
-        if len(self._fresh) >= _TOGETHER or self._fresh_bytes >= _TOGETHER_BYTES:
-            self._sort()
-
-    def _sort(self) -> None:
-        """From those that were just added to those of each lane."""
-        fresh, numbers = self._fresh, self._fresh_numbers
-        self._fresh, self._fresh_numbers, self._fresh_bytes = [], [], 0
-        for lane, line, number in zip(self._lane_of.each(fresh), fresh, numbers, strict=True):
-            if number <= self._skip[lane]:
+    def add(self, lines: Sequence[bytes], first: int) -> None:
+        """Take lines without their line feeds; `first` is the first one's number, from 1. Waits while a lane is full."""
+        numbers: Sequence[int] = range(first, first + len(lines))
+        lines = [line.strip(b" \t\r") for line in lines]
+        if not all(lines):
+            numbers = [number for number, line in zip(numbers, lines, strict=True) if line]
+            lines = [line for line in lines if line]
+        lanes = self._lane_of.each(lines)
+        for lane, line, number in zip(lanes, lines, numbers, strict=True):
+            if number > self._skip[lane]:
+                self._lines[lane].append(line)
+                self._numbers[lane].append(number)
+            else:
                 self._skipped += 1
-                continue
-            if self._bytes[lane] + len(line) > RAW_BYTES_MAX:
-                self._hand(lane)
-            lines = self._lines[lane]
-            lines.append(line)
-            self._numbers[lane].append(number)
-            self._bytes[lane] += len(line) + 1
-            if len(lines) >= self._batch_events:
-                self._hand(lane)
+        for lane in range(len(self._queues)):
+            self._hand_full(lane)
 
     def reject(self, number: int, code: str, detail: str) -> None:
         """Count a line that cannot even be sent."""
@@ -180,9 +173,8 @@ class Feed:
 
     def end(self) -> None:
         """The file ends."""
-        self._sort()
         for lane in range(len(self._queues)):
-            self._hand(lane)
+            self._hand(lane, len(self._lines[lane]))
 
     def finish(self) -> None:
         """Returns when the hub has answered for all."""
@@ -222,10 +214,24 @@ class Feed:
             sender.abandon()
         self._spool.close()
 
-    def _hand(self, lane: int) -> None:
-        if self._lines[lane]:
-            self._put(self._queues[lane], _Part(self._source, self._lines[lane], self._numbers[lane]))
-            self._lines[lane], self._numbers[lane], self._bytes[lane] = [], [], 0
+    def _hand_full(self, lane: int) -> None:
+        """Whole batches of a lane: of so many events, or of as many bytes as there may be in one."""
+        lines = self._lines[lane]
+        while lines:
+            count = min(len(lines), self._batch_events)
+            size = sum(map(len, lines[:count])) + count
+            while size > RAW_BYTES_MAX and count > 1:
+                count -= 1
+                size -= len(lines[count]) + 1
+            if count < self._batch_events and count == len(lines):
+                return
+            self._hand(lane, count)
+
+    def _hand(self, lane: int, count: int) -> None:
+        lines, numbers = self._lines[lane], self._numbers[lane]
+        if count:
+            self._put(self._queues[lane], _Part(self._source, lines[:count], numbers[:count]))
+            del lines[:count], numbers[:count]
 
     def _put(self, waiting: queue.Queue[_Part | None], part: _Part | None) -> None:
         while True:
@@ -265,3 +271,26 @@ class Feed:
         while not self._stop.is_set() and (wait_s := sender.step()) is not None:
             if wait_s:
                 self._clock.wait(self._stop, wait_s)
+
+
+def lines_of(stream: Readable) -> Iterator[tuple[int, Sequence[bytes] | None]]:
+    """The lines of a stream, many at a time, and the number of the first. One of more than RAW_BYTES_MAX is None."""
+    number, rest, too_long = 1, b"", False
+    while chunk := stream.read1(_READ_BYTES):
+        lines = chunk.split(b"\n")
+        if too_long and len(lines) == 1:
+            continue
+        if too_long:
+            number, too_long = number + 1, False
+            del lines[0]
+        else:
+            lines[0] = rest + lines[0]
+        rest = lines.pop()
+        if lines:
+            yield number, lines
+        number += len(lines)
+        if len(rest) > RAW_BYTES_MAX:
+            yield number, None
+            rest, too_long = b"", True
+    if rest:
+        yield number, [rest]
