@@ -276,6 +276,38 @@ def test_it_gives_up_after_a_time_without_any_progress_and_keeps_what_was_taken(
     assert api.stored == events(9)
 
 
+def test_time_in_which_there_was_nothing_to_send_is_no_reason_to_give_up(tmp_path: Path) -> None:
+    """Standard input may be silent for long; the first failure behind that is not the last."""
+
+    class Later(SystemClock):
+        later_s = 0.0
+
+        def monotonic(self) -> float:
+            return super().monotonic() + self.later_s
+
+    api, clock = MemoryApi(*[never_arrived] * 50), Later()
+    feed = Feed(
+        tmp_path,
+        lambda: api,
+        lanes=1,
+        device_field="deviceId",
+        batch_events=1,
+        timeout_s=60.0,
+        on_rejected=lambda _: None,
+        clock=clock,
+        files=Files(),
+    )
+    try:
+        feed.begin(feed.source(STDIN))
+        clock.later_s = 3600.0
+        feed.add(b'{"deviceId":"d"}', 1)
+        feed.end()
+        feed.finish()
+    finally:
+        feed.close(1.0)
+    assert api.stored == [b'{"deviceId":"d"}']
+
+
 def test_a_spool_that_cannot_be_written_ends_it(tmp_path: Path) -> None:
     class Full(Files):
         def replace(self, path: Path, body: bytes) -> None:

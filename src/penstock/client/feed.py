@@ -236,6 +236,9 @@ class Feed:
         try:
             self._drain(lane, sender)
             while parts is not None and (part := parts.get()) is not None and not self._stop.is_set():
+                if not self._spool.events:
+                    # The time in which there was nothing to send is no time in which nothing was taken.
+                    self._board.begin()
                 lane.put(part.lines, part.source, part.numbers)
                 self._drain(lane, sender)
         except BaseException as error:
