@@ -180,7 +180,7 @@ class Lane:
             late = self._is_late(stem)
             if late:
                 stem = f"{next(self._numbers):012}"
-            made = self._write(stem, _Lines(lines, self._taken)) if lines else ""
+            made, size = self._write(stem, _Lines(lines, self._taken)) if lines else ("", 0)
             if late:
                 # Its number does not tell any more that it was sealed, so it must not come back.
                 self._files.remove(file.path)
@@ -190,7 +190,7 @@ class Lane:
                 self._rotated.popleft()
                 if made:
                     self._sealed.append(made)
-            self._count(-file.events, -file.bytes)
+            self._count(len(lines) - file.events, size - file.bytes)
             return True
 
     def _is_late(self, stem: str) -> bool:
@@ -203,9 +203,10 @@ class Lane:
         with self._sealing:
             with self._lock:
                 self._taken = {**self._taken, source: numbers[-1]}
-            made = self._write(f"{next(self._numbers):012}", _Lines(lines, self._taken, source, numbers))
+            made, size = self._write(f"{next(self._numbers):012}", _Lines(lines, self._taken, source, numbers))
             with self._lock:
                 self._sealed.append(made)
+            self._count(len(lines), size)
 
     def complete(self, source: str) -> None:
         """Say durably that nothing of a source is missing any more."""
@@ -263,9 +264,10 @@ class Lane:
         whole = _Lines(batch.lines(), header.taken, header.source, header.numbers)
         halves = [self._write(batch.stem + half, part) for half, part in zip("ab", whole.halves(), strict=True)]
         self._files.discard(batch.path)
-        self._drop_head(batch.size)
-        with self._lock:
-            self._sealed.extendleft(reversed(halves))
+        with self._lock:  # so that `reached` sees the batch or its halves
+            self._drop_head(batch.size)
+            self._sealed.extendleft(name for name, _ in reversed(halves))
+            self._count(header.events, sum(size for _, size in halves))
 
     def bury(self, numbered: Numbered, records: Sequence[Dead]) -> None:
         """Keep what the API will never take. Burying it again, after a crash, leaves the same."""
@@ -290,12 +292,13 @@ class Lane:
         """What was appended is durable."""
         if self._open is not None:
             self._open.sync()
-            self.abandon()
+            self._open.close()
+            self._open = None
 
     def abandon(self) -> None:
-        """Let go of the open file."""
+        """In a child after a fork: let go of the open file."""
         if self._open is not None:
-            self._open.close()
+            self._open.abandon()
             self._open = None
 
     def _recover(self) -> int:
@@ -334,8 +337,8 @@ class Lane:
                 break
         return last
 
-    def _write(self, stem: str, given: _Lines) -> str:
-        """The name of the batch file."""
+    def _write(self, stem: str, given: _Lines) -> tuple[str, int]:
+        """The name of the batch file and its size. It is counted when the act is done that it is a part of, for that may be repeated."""
         name = f"{stem}-{len(given.lines)}.batch"
         text = batch_text(
             given.lines,
@@ -346,8 +349,7 @@ class Lane:
             numbers=given.numbers,
         )
         self._files.replace(self._folder / name, text)
-        self._count(len(given.lines), len(text))
-        return name
+        return name, len(text)
 
     def _load_state(self) -> State:
         path = self._folder / _STATE
