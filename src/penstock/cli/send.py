@@ -69,8 +69,6 @@ def send(values: Values, files: Sequence[str]) -> None:
     try:
         _read_all(files, feed)
         feed.finish()
-        _report(feed.stats(), feed.skipped, clock.monotonic() - began)
-        feed.forget()
     except BaseException:
         feed.close(_STOP_WITHIN_S)
         stats = feed.stats()
@@ -80,7 +78,12 @@ def send(values: Values, files: Sequence[str]) -> None:
             err=True,
         )
         raise
-    feed.close(_STOP_WITHIN_S)
+    try:
+        _report(feed.stats(), feed.skipped, clock.monotonic() - began)
+        feed.forget()
+    finally:
+        # Whatever fails here, "the same command goes on" would not be true: all is sent, and perhaps forgotten.
+        feed.close(_STOP_WITHIN_S)
     if feed.stats().rejected:
         raise click.exceptions.Exit(1)
 

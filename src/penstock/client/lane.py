@@ -18,7 +18,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -208,16 +208,16 @@ class Lane:
                 self._sealed.append(made)
             self._count(len(lines), size)
 
-    def complete(self, source: str) -> None:
-        """Say durably that nothing of a source is missing any more."""
+    def complete(self, sources: Iterable[str]) -> None:
+        """Say durably, in one act, that nothing of these sources is missing any more."""
         with self._lock:
-            self._taken[source] = COMPLETE
+            self._taken |= dict.fromkeys(sources, COMPLETE)
         self._save(msgspec.structs.replace(self.state, taken=dict(self._taken)))
 
-    def forget(self, source: str) -> None:
-        """When the source is given again, it is read again."""
+    def forget(self, sources: Iterable[str]) -> None:
+        """When the sources are given again, they are read again."""
         with self._lock:
-            if self._taken.pop(source, None) is None:
+            if not [source for source in sources if self._taken.pop(source, None) is not None]:
                 return
         self._save(msgspec.structs.replace(self.state, taken=dict(self._taken)))
 
