@@ -440,6 +440,41 @@ c.close()
     assert found[0] == -1
 
 
+def test_what_a_signal_handler_has_sent_is_taken_though_the_spool_is_full_then(tmp_path: Path) -> None:
+    """Else the `send` that it interrupted would raise SpoolFull for an event that is taken."""
+
+    class Interrupted(Files):
+        def _write(self, fd: int, body: memoryview) -> int:
+            if b'"n":1}' in bytes(body):
+                client.send({**event(2), "text": "x" * 900})
+            return super()._write(fd, body)
+
+    api = MemoryApi()
+    with client_of(tmp_path, api, files=Interrupted(), spool_bytes_max=900, linger_s=60) as client:
+        client.send(event(1))
+        with pytest.raises(SpoolFull):
+            client.send(event(3))
+        client.flush()
+    assert numbers(api) == [1, 2]
+
+
+def test_a_signal_handler_may_send_to_a_full_spool_while_stats_are_read(tmp_path: Path) -> None:
+    script = """
+import signal
+c = client(spool_bytes_max=10)
+def full(*_):
+    try: c.send({'deviceId': 'd', 'n': 1})
+    except Exception as error: print(type(error).__name__, flush=True)
+signal.signal(signal.SIGUSR1, full)
+signal.alarm(10)
+with c._board._lock:  # as in stats()
+    os.kill(os.getpid(), signal.SIGUSR1)
+c.close()
+"""
+    done = run(script, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "SpoolFull\n")
+
+
 def test_a_client_that_is_closed_leaves_no_thread_and_no_file_open(tmp_path: Path) -> None:
     gc.collect()
     before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))

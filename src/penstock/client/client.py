@@ -241,9 +241,18 @@ class Client:
             self._take_later()
 
     def _take_later(self) -> None:
-        later = self._here.later
-        while later:
-            self._take(later.popleft())
+        """The handler's `send` has returned, so its events are taken whether there is room or not."""
+        here = self._here
+        while here.later:
+            here.inside = True
+            try:
+                with self._mutex:
+                    self._ready()
+                    for number, own in self._sorted(here.later[0]):
+                        self._put(number, own)
+                here.later.popleft()
+            finally:
+                here.inside = False
 
     def _put(self, number: int, lines: list[bytes]) -> None:
         lane = self._spool.lanes[number]
