@@ -305,7 +305,6 @@ class Lane:
         """Sort what lies in the folder, and delete what is done or half-made; the last `n`."""
         last = int(self.state.batch[:12] or 0)
         self._taken = dict(self.state.taken)
-        numbered_is_there = False
         names = sorted(entry.name for entry in os.scandir(self._folder) if _NAME.fullmatch(entry.name))
         for number, group in itertools.groupby(names, key=lambda name: name[:12]):
             last = max(last, int(number))
@@ -325,10 +324,10 @@ class Lane:
                 elif is_done(stem, self.state.batch) or is_half:
                     self._files.discard(path)
                 else:
-                    numbered_is_there = numbered_is_there or stem == self.state.batch
                     self._sealed.append(name)
                     self._count(_events(name), path.stat().st_size)
-        if self.state.batch and not numbered_is_there:
+        # Neither it nor its halves: then the hub has it.
+        if self.state.batch and not (self._sealed and self._sealed[0].startswith(self.state.batch)):
             self.state = msgspec.structs.replace(self.state, after=self.state.sequence)
         for name in reversed(self._sealed):
             # A batch says of all sources how far they are taken, so the last one that can be read says it all.
