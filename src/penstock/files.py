@@ -82,6 +82,11 @@ class Appending:
             self._named = True
         self._synced = written
 
+    def abandon(self) -> None:
+        """`close` in a child after a fork: a thread that is not there may have had the lock."""
+        self._lock = threading.Lock()
+        self.close()
+
     def close(self) -> None:
         """No error if it was."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -175,6 +176,55 @@ def test_when_it_dies_at_the_end_all_is_forgotten_or_nothing(tmp_path: Path, lan
     assert again == {0, 20}
 
 
+def feed_of(folder: Path, api: MemoryApi, files: Files) -> Feed:
+    return Feed(
+        folder,
+        lambda: api,
+        lanes=2,
+        device_field="deviceId",
+        batch_events=3,
+        timeout_s=60.0,
+        on_rejected=lambda _: None,
+        clock=SystemClock(),
+        files=files,
+    )
+
+
+def test_of_several_files_all_are_forgotten_or_none(tmp_path: Path) -> None:
+    names = [tmp_path / "one", tmp_path / "two"]
+    for name in names:
+        name.write_bytes(b"\n".join(events(4)))
+    again = set()
+    for cut_at in itertools.count(1):
+        files = PowerFiles()
+        for forgets in (files, Files()):
+            api = MemoryApi()
+            feed = feed_of(tmp_path / str(cut_at), api, forgets)
+            for name in names:
+                feed.begin(feed.source(str(name)))
+                for number, line in enumerate(events(4), 1):
+                    feed.add([line], number)
+                feed.end()
+            feed.finish()
+            if forgets is files:
+                files.calls, files._cut_at = 0, cut_at
+                with contextlib.suppress(PowerCut):
+                    feed.forget()
+            feed.close(1.0)
+        again.add(len(api.stored))
+        if files.calls < cut_at:
+            break
+    assert again == {0, 8}
+
+
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, events(3))
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.ndjson")
+    Path(name).write_bytes(b"{}")
+    with pytest.raises(SettingsError, match="Nothing was sent"):
+        machine.feed(MemoryApi(), file=name)
+
+
 def test_lines_that_were_handed_to_no_lane_are_read_again(tmp_path: Path) -> None:
     api, machine = MemoryApi(), Machine(tmp_path, events(50))
     for until in (7, 8, 20, 31):
@@ -287,6 +337,38 @@ def test_it_gives_up_after_a_time_without_any_progress_and_keeps_what_was_taken(
     api = MemoryApi()
     machine.feed(api)
     assert api.stored == events(9)
+
+
+def test_time_in_which_there_was_nothing_to_send_is_no_reason_to_give_up(tmp_path: Path) -> None:
+    """Standard input may be silent for long; the first failure behind that is not the last."""
+
+    class Later(SystemClock):
+        later_s = 0.0
+
+        def monotonic(self) -> float:
+            return super().monotonic() + self.later_s
+
+    api, clock = MemoryApi(*[never_arrived] * 50), Later()
+    feed = Feed(
+        tmp_path,
+        lambda: api,
+        lanes=1,
+        device_field="deviceId",
+        batch_events=1,
+        timeout_s=60.0,
+        on_rejected=lambda _: None,
+        clock=clock,
+        files=Files(),
+    )
+    try:
+        feed.begin(feed.source(STDIN))
+        clock.later_s = 3600.0
+        feed.add([b'{"deviceId":"d"}'], 1)
+        feed.end()
+        feed.finish()
+    finally:
+        feed.close(1.0)
+    assert api.stored == [b'{"deviceId":"d"}']
 
 
 def test_a_spool_that_cannot_be_written_ends_it(tmp_path: Path) -> None:

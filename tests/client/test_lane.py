@@ -280,6 +280,18 @@ def test_what_a_copy_took_and_could_not_send_before_it_was_restarted_is_not_lost
     assert sorted([*api.stored, *(text.encode() for text in dead_of(tmp_path / "b"))], key=EVENTS.index) == EVENTS
 
 
+def test_a_number_that_was_split_is_not_said_to_be_stored_after_a_death(tmp_path: Path) -> None:
+    """The hub would count a loss, because `after` is not the last that it has."""
+    api = MemoryApi(lines_max=2)
+    lane = open_lane(tmp_path, Files(), lambda: "p")
+    lane.append(EVENTS[:4])
+    lane.rotate()
+    lane.seal()
+    sender_of(lane, api).step()
+    drain(open_lane(tmp_path, Files(), lambda: "p"), api)
+    assert (api.stored, api.gaps) == (EVENTS[:4], 0)
+
+
 def test_rejected_events_are_buried_once(tmp_path: Path) -> None:
     api = MemoryApi(lost_answer)
     lane = open_lane(tmp_path, Files(), lambda: "p")

@@ -129,6 +129,48 @@ def test_a_sync_that_failed_is_not_trusted_when_the_next_succeeds(tmp_path: Path
     assert numbers(api) == [0, 1]
 
 
+def test_an_event_behind_which_a_batch_cannot_be_ended_is_taken_and_send_says_so(tmp_path: Path) -> None:
+    class NoSync(Files):
+        sick = False
+
+        def _fsync(self, fd: int) -> None:
+            if self.sick:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super()._fsync(fd)
+
+    api, files, taken = MemoryApi(), NoSync(), []
+    with client_of(tmp_path, api, files=files, batch_events=3, linger_s=60) as client:
+        files.sick = True
+        for n in range(5):
+            with contextlib.suppress(OSError):
+                client.send(event(n))
+                taken.append(n)
+        files.sick = False
+        client.flush()
+    assert numbers(api) == taken
+
+
+def test_a_batch_that_could_not_be_split_at_once_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoSecondHalf(Files):
+        left = 3
+
+        def replace(self, path: Path, body: bytes) -> None:
+            if "b-" in path.name and self.left:
+                self.left -= 1
+                raise full()
+            super().replace(path, body)
+
+    monkeypatch.setattr(sending, "BACKOFF_S", (0.001, 0.01))
+    api = MemoryApi(lines_max=1)
+    with client_of(tmp_path, api, files=NoSecondHalf()) as client:
+        client.send_many([event(n) for n in range(4)])
+        client.flush()
+        assert (client.stats().waiting_events, client.stats().waiting_bytes) == (0, 0)
+    assert numbers(api) == list(range(4))
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     made = SmallDisk(tmp_path / "disk", 1)

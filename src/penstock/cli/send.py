@@ -34,7 +34,7 @@ def send(values: Values, files: Sequence[str]) -> None:
     The same command after a crash goes on where it stopped. Exit 1 if an event was rejected; each is named with its line, and kept
     in the spool's dead letters.
     """
-    from penstock.client.feed import STDIN, Feed
+    from penstock.client.feed import Feed
     from penstock.client.transport import HttpTransport
     from penstock.clock import SystemClock
     from penstock.files import Files
@@ -43,12 +43,7 @@ def send(values: Values, files: Sequence[str]) -> None:
     field, folder = values.text("device-field"), Path(values.text("spool"))
     if not is_field(field):
         raise SettingsError(f"--device-field {field!r} cannot name a field. Nothing was sent.")
-    for file in files:
-        if file != STDIN and not Path(file).is_file():
-            raise SettingsError(f"There is no file {file}. Nothing was sent.")
-    given = {file if file == STDIN else str(Path(file).resolve()): file for file in files}
-    if len(given) < len(files):
-        raise SettingsError("A file is given twice. Nothing was sent.")
+    given = _resolved(files)
     url, clock = api_url(values), SystemClock()
     echo_client_log()
     began = clock.monotonic()
@@ -72,8 +67,6 @@ def send(values: Values, files: Sequence[str]) -> None:
     try:
         _read_all(files, feed)
         feed.finish()
-        _report(feed.stats(), feed.skipped, clock.monotonic() - began)
-        feed.forget()
     except BaseException as error:
         feed.close(_STOP_WITHIN_S)
         stats = feed.stats()
@@ -85,9 +78,27 @@ def send(values: Values, files: Sequence[str]) -> None:
         if isinstance(error, OSError):
             raise SpoolError(f"The spool in {folder} cannot be written: {error}.") from error
         raise
-    feed.close(_STOP_WITHIN_S)
+    try:
+        _report(feed.stats(), feed.skipped, clock.monotonic() - began)
+        feed.forget()
+    finally:
+        # Whatever fails here, "the same command goes on" would not be true: all is sent, and perhaps forgotten.
+        feed.close(_STOP_WITHIN_S)
     if feed.stats().rejected:
         raise click.exceptions.Exit(1)
+
+
+def _resolved(files: Sequence[str]) -> dict[str, str]:
+    """The files by their full names. Raises SettingsError."""
+    from penstock.client.feed import STDIN
+
+    for file in files:
+        if file != STDIN and not Path(file).is_file():
+            raise SettingsError(f"There is no file {file}. Nothing was sent.")
+    given = {file if file == STDIN else str(Path(file).resolve()): file for file in files}
+    if len(given) < len(files):
+        raise SettingsError("A file is given twice. Nothing was sent.")
+    return given
 
 
 def _name(rejected: Rejected, given: Mapping[str, str]) -> None:

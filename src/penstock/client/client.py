@@ -119,14 +119,19 @@ class Client:
         self.close()
 
     def send(self, event: Event) -> None:
-        """Take one event: a mapping, a msgspec Struct, or JSON in one line as bytes or text. Raises SpoolFull, SpoolClosed, OSError."""
-        line = _line(event)
-        self._take(self._lane_of(line), [line])
+        """Take one event: a mapping, a msgspec Struct, or JSON in one line as bytes or text. Raises SpoolFull, SpoolClosed, OSError.
+
+        None is taken when it raises; but with `sync="each"` an OSError of the sync leaves open whether it outlives a power cut.
+        """
+        self._take([_line(event)])
 
     def send_many(self, events: Iterable[Event]) -> None:
-        """Take events, in this order for each device. Those before one that raises are taken."""
-        for lane, lines in self._sorted(events):
-            self._take(lane, lines)
+        """Take events, in this order for each device. None is taken when one of them is no event, or has no room.
+
+        After an OSError those of some lanes may be taken.
+        """
+        if lines := [_line(event) for event in events]:
+            self._take(lines)
 
     def flush(self, timeout_s: float = 60.0) -> None:
         """Return when the hub has answered for all that was taken until now. Raises FlushTimeout; the events stay in the spool."""
@@ -199,28 +204,28 @@ class Client:
         if self._closed:
             raise SpoolClosed("The client is closed; this event was not taken.")
 
-    def _sorted(self, events: Iterable[Event]) -> Iterable[tuple[int, list[bytes]]]:
+    def _sorted(self, lines: list[bytes]) -> Iterable[tuple[int, list[bytes]]]:
         """Lines by lane; in one lane if there is but one."""
-        lines = [_line(event) for event in events]
-        if len(self._spool.lanes) == 1:
-            return ((0, lines),)
+        if len(lines) == 1 or len(self._spool.lanes) == 1:
+            return ((self._lane_of(lines[0]), lines),)
         lanes: dict[int, list[bytes]] = {}
         for line in lines:
             lanes.setdefault(self._lane_of(line), []).append(line)
         return lanes.items()
 
-    def _take(self, number: int, lines: list[bytes]) -> None:
+    def _take(self, lines: list[bytes]) -> None:
         here = self._here
         if here.inside:
-            here.later.append((number, lines))
+            here.later.append(lines)
             return
         here.inside = True
         try:
             size = sum(map(len, lines))
             self._make_room(size)
             with self._mutex:
-                self._ready()
-                self._put(number, lines, size)
+                self._ready()  # before their lanes are known: after a fork there may be other ones
+                for number, own in self._sorted(lines):
+                    self._put(number, own)
         finally:
             here.inside = False
             self._take_later()
@@ -236,13 +241,22 @@ class Client:
             self._take_later()
 
     def _take_later(self) -> None:
-        later = self._here.later
-        while later:
-            self._take(*later.popleft())
+        """The handler's `send` has returned, so its events are taken whether there is room or not."""
+        here = self._here
+        while here.later:
+            here.inside = True
+            try:
+                with self._mutex:
+                    self._ready()
+                    for number, own in self._sorted(here.later[0]):
+                        self._put(number, own)
+                here.later.popleft()
+            finally:
+                here.inside = False
 
-    def _put(self, number: int, lines: list[bytes], size: int) -> None:
+    def _put(self, number: int, lines: list[bytes]) -> None:
         lane = self._spool.lanes[number]
-        if lane.open_bytes + size > RAW_BYTES_MAX:
+        if lane.open_bytes + sum(map(len, lines)) > RAW_BYTES_MAX:
             lane.rotate()
         first = not lane.open_events
         lane.append(lines)
@@ -251,7 +265,9 @@ class Client:
             self._opened_at[number] = self._clock.monotonic()
             self._wake.set()
         if lane.open_events >= self._batch_events:
-            lane.rotate()
+            # They are taken, so this must not raise. The other thread syncs too, and says what is wrong with the disk.
+            with contextlib.suppress(OSError):
+                lane.rotate()
             self._wake.set()
         if self._sync == "each":
             lane.sync()
@@ -260,7 +276,7 @@ class Client:
         """Wait while batches are made slower than events come; and for a spool that is full or broken, if that is how it is set."""
         while not self._closed and not self._forked:
             full = self._full(size)
-            if full and self._when_full == "raise":
+            if full and (self._when_full == "raise" or size > self._bytes_max):
                 raise SpoolFull(
                     f"The spool in {self._folder} {full}. This event was not taken. "
                     f"The last answer of the API: {self._board.why or 'none'}"
@@ -280,7 +296,7 @@ class Client:
         To send needs a little room as well, a batch and its number are written first. If events took all, nothing could be sent any more.
         """
         if self._spool.bytes + size > self._bytes_max:
-            return f"holds {self._spool.bytes} bytes, and may hold {self._bytes_max}"
+            return f"holds {self._spool.bytes} bytes and may hold {self._bytes_max}; these would be {size} more"
         if not self._spool.events:
             self._board.begin()
         silent_s = self._clock.monotonic() - self._board.settled_at
@@ -349,7 +365,7 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.inside = False
-        self.later: deque[tuple[int, list[bytes]]] = deque()
+        self.later: deque[list[bytes]] = deque()
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()

@@ -116,10 +116,9 @@ class Feed:
     def _forget_ended(self) -> None:
         lanes = self._spool.lanes
         for lane in reversed(lanes):
-            for source in lane.taken:
-                # What came through a pipe comes from the beginning, if it comes again.
-                if file_of(source) == STDIN or lanes[0].taken.get(source) == COMPLETE:
-                    lane.forget(source)
+            # What came through a pipe comes from the beginning, if it comes again.
+            complete = lanes[0].taken
+            lane.forget([one for one in lane.taken if file_of(one) == STDIN or complete.get(one) == COMPLETE])
 
     def source(self, file: str) -> str:
         """The name under which the lanes know a file, or `STDIN`. Raises FileChanged, SettingsError, OSError."""
@@ -132,6 +131,12 @@ class Feed:
                 f"{file} was begun in another set of the spool, {other_set}, which knows the lines that were taken. Nothing of it was "
                 f"taken now. If a process uses that set (its pid is in {other_set / 'lock'}), let it end first; else give this file alone."
             )
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise SettingsError(
+                f"The name of {file!r} is no UTF-8, and the spool cannot write it down. Nothing was sent."
+            ) from None
         source = source_of(str(path), f"{about.st_size}:{about.st_mtime_ns}:{self._device_field}")
         for lane in self._spool.lanes:
             for other, line in lane.taken.items():
@@ -188,13 +193,12 @@ class Feed:
     def forget(self) -> None:
         """After `finish`, and after somebody was told: who gives a file again wants to have it sent again.
 
-        All lanes must forget or none, so first one of them says that the source is complete.
+        All lanes must forget all sources or none, so first one of them says that they are complete.
         """
         first, *others = self._spool.lanes
-        for source in self._sources:
-            first.complete(source)
-            for lane in (*others, first):
-                lane.forget(source)
+        first.complete(self._sources)
+        for lane in (*others, first):
+            lane.forget(self._sources)
 
     def stats(self) -> Stats:
         """Counts since the beginning."""
@@ -257,6 +261,9 @@ class Feed:
         try:
             self._drain(lane, sender)
             while parts is not None and (part := parts.get()) is not None and not self._stop.is_set():
+                if not self._spool.events:
+                    # The time in which there was nothing to send is no time in which nothing was taken.
+                    self._board.begin()
                 lane.put(part.lines, part.source, part.numbers)
                 self._drain(lane, sender)
         except BaseException as error:

@@ -18,7 +18,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -185,7 +185,7 @@ class Lane:
             late = self._is_late(stem)
             if late:
                 stem = f"{next(self._numbers):012}"
-            made = self._write(stem, _Lines(lines, self._taken)) if lines else ""
+            made, size = self._write(stem, _Lines(lines, self._taken)) if lines else ("", 0)
             if late:
                 # Its number does not tell any more that it was sealed, so it must not come back.
                 self._files.remove(file.path)
@@ -195,7 +195,7 @@ class Lane:
                 self._rotated.popleft()
                 if made:
                     self._sealed.append(made)
-            self._count(-file.events, -file.bytes)
+            self._count(len(lines) - file.events, size - file.bytes)
             return True
 
     def _is_late(self, stem: str) -> bool:
@@ -208,20 +208,21 @@ class Lane:
         with self._sealing:
             with self._lock:
                 self._taken = {**self._taken, source: numbers[-1]}
-            made = self._write(f"{next(self._numbers):012}", _Lines(lines, self._taken, source, numbers))
+            made, size = self._write(f"{next(self._numbers):012}", _Lines(lines, self._taken, source, numbers))
             with self._lock:
                 self._sealed.append(made)
+            self._count(len(lines), size)
 
-    def complete(self, source: str) -> None:
-        """Say durably that nothing of a source is missing any more."""
+    def complete(self, sources: Iterable[str]) -> None:
+        """Say durably, in one act, that nothing of these sources is missing any more."""
         with self._lock:
-            self._taken[source] = COMPLETE
+            self._taken |= dict.fromkeys(sources, COMPLETE)
         self._save(msgspec.structs.replace(self.state, taken=dict(self._taken)))
 
-    def forget(self, source: str) -> None:
-        """When the source is given again, it is read again."""
+    def forget(self, sources: Iterable[str]) -> None:
+        """When the sources are given again, they are read again."""
         with self._lock:
-            if self._taken.pop(source, None) is None:
+            if not [source for source in sources if self._taken.pop(source, None) is not None]:
                 return
         self._save(msgspec.structs.replace(self.state, taken=dict(self._taken)))
 
@@ -268,9 +269,10 @@ class Lane:
         whole = _Lines(batch.lines(), header.taken, header.source, header.numbers)
         halves = [self._write(batch.stem + half, part) for half, part in zip("ab", whole.halves(), strict=True)]
         self._files.discard(batch.path)
-        self._drop_head(batch.size)
-        with self._lock:
-            self._sealed.extendleft(reversed(halves))
+        with self._lock:  # so that `reached` sees the batch or its halves
+            self._drop_head(batch.size)
+            self._sealed.extendleft(name for name, _ in reversed(halves))
+            self._count(header.events, sum(size for _, size in halves))
 
     def bury(self, numbered: Numbered, records: Sequence[Dead]) -> None:
         """Keep what the API will never take. Burying it again, after a crash, leaves the same."""
@@ -295,19 +297,19 @@ class Lane:
         """What was appended is durable."""
         if self._open is not None:
             self._open.sync()
-            self.abandon()
+            self._open.close()
+            self._open = None
 
     def abandon(self) -> None:
-        """Let go of the open file."""
+        """In a child after a fork: let go of the open file."""
         if self._open is not None:
-            self._open.close()
+            self._open.abandon()
             self._open = None
 
     def _recover(self) -> int:
         """Sort what lies in the folder, and delete what is done or half-made; the last `n`."""
         last = int(self.state.batch[:12] or 0)
         self._taken = dict(self.state.taken)
-        numbered_is_there = False
         names = sorted(entry.name for entry in os.scandir(self._folder) if _NAME.fullmatch(entry.name))
         for number, group in itertools.groupby(names, key=lambda name: name[:12]):
             last = max(last, int(number))
@@ -327,10 +329,10 @@ class Lane:
                 elif is_done(stem, self.state.batch) or is_half:
                     self._files.discard(path)
                 else:
-                    numbered_is_there = numbered_is_there or stem == self.state.batch
                     self._sealed.append(name)
                     self._count(_events(name), path.stat().st_size)
-        if self.state.batch and not numbered_is_there:
+        # Neither it nor its halves: then the hub has it.
+        if self.state.batch and not (self._sealed and self._sealed[0].startswith(self.state.batch)):
             self.state = msgspec.structs.replace(self.state, after=self.state.sequence)
         for name in reversed(self._sealed):
             # A batch says of all sources how far they are taken, so the last one that can be read says it all.
@@ -339,8 +341,8 @@ class Lane:
                 break
         return last
 
-    def _write(self, stem: str, given: _Lines) -> str:
-        """The name of the batch file."""
+    def _write(self, stem: str, given: _Lines) -> tuple[str, int]:
+        """The name of the batch file and its size. It is counted when the act is done that it is a part of, for that may be repeated."""
         name = f"{stem}-{len(given.lines)}.batch"
         text = batch_text(
             given.lines,
@@ -351,8 +353,7 @@ class Lane:
             numbers=given.numbers,
         )
         self._files.replace(self._folder / name, text)
-        self._count(len(given.lines), len(text))
-        return name
+        return name, len(text)
 
     def _load_state(self) -> State:
         path = self._folder / _STATE

@@ -83,7 +83,7 @@ class Board:
         self._on_rejected = on_rejected
         self._clock = clock
         self._waiting = waiting
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may send while its thread asks for `stats`
         self._troubles: dict[int, tuple[str, str]] = {}  # by thread, the latest last: each lane knows only its own
         self._since = 0.0
         self._accepted = self._duplicates = self._rejected = self._elsewhere = 0
