@@ -33,6 +33,16 @@ def check_once_and_in_order(data: Path, count: int) -> None:
         assert mine == sorted(mine)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_workers_have_a_processor_each_where_there_is_just_one_for_each(shell: Any, more: int) -> None:
+    cores = os.sched_getaffinity(0)
+    process = shell.up("--workers", str(len(cores) + more))
+    workers = [part.pid for part in shell.running().parts if part.name.startswith("api")]
+    used = [os.sched_getaffinity(pid) for pid in workers]
+    assert used == ([cores] * len(workers) if more else [{core} for core in sorted(cores)])
+    assert shell.stop(process) == 0
+
+
 def test_events_go_in_and_lie_in_hour_files(shell: Any) -> None:
     process = shell.up()
     (shell.folder / "a.ndjson").write_bytes(events(0, 3000))

@@ -83,9 +83,9 @@ def _serve(values: Values, *, whole: bool) -> None:
         log = wiring.part_log("up" if whole else "api", values)
 
         def worker(index: int, slot: memoryview) -> Part:
-            name = f"api-{index}"
+            name = wiring.worker_name(index)
             return Part(
-                name, lambda: wiring.run_api(name, values, where, listen=listen, admin=admin, held=slot), 0, slot
+                name, lambda: wiring.run_api(index, values, where, listen=listen, admin=admin, held=slot), 0, slot
             )
 
         parts = [worker(index, slot) for index, slot in enumerate(shared_slots(values.count("workers")))]

@@ -140,9 +140,10 @@ def part_log(name: str, values: Values) -> Log:
 
 
 def run_api(
-    name: str, values: Values, where: Layout, *, listen: Address, admin: Address, held: memoryview | None
+    number: int, values: Values, where: Layout, *, listen: Address, admin: Address, held: memoryview | None
 ) -> int:
     """An API worker, from its fork to its exit code."""
+    name = worker_name(number)
     clock = SystemClock()
     log = part_log(name, values)
     store = open_store(where)
@@ -176,6 +177,7 @@ def run_api(
             drain_timeout_s=values.seconds("stop-timeout") / 2,
             clock=clock,
             log=log,
+            core=_core(number, values.count("workers")),
         )
         keeper = threading.Thread(target=housekeeping.run, args=(stop, lambda _error: end()), name="housekeeping")
         keeper.start()
@@ -185,6 +187,16 @@ def run_api(
             stop.set()
             keeper.join()
     return EXIT_HUB_BROKEN if broken.is_set() else 0
+
+
+def worker_name(number: int) -> str:
+    return f"api-{number}"
+
+
+def _core(number: int, workers: int) -> int | None:
+    """The processor of a worker, where there is just one for each. With fewer workers the system finds the processors that are free."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[number] if workers == len(cores) else None
 
 
 def _app(

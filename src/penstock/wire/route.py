@@ -256,6 +256,8 @@ def _adds_up(size: int, body: bytes, count: int, closing: bytes) -> bool:
 
 def _count(body: bytes, needle: bytes) -> int:
     """`body.count(needle)`, in parts: from 30,000 bytes on CPython takes a search that suits short needles less."""
+    if len(body) <= _SEARCHED:
+        return body.count(needle)
     return sum([body.count(needle, at, at + _SEARCHED + len(needle) - 1) for at in range(0, len(body), _SEARCHED)])
 
 
