@@ -62,7 +62,7 @@ CALLS: dict[str, str] = {
 METHODS = {"rename": "files", "hardlink_to": "files", "flock": "files"}
 # The loop tops, and the calls of users' code: where everything may be caught, because there it is logged once and decided.
 BROAD = {
-    ("client/feed.py", "_run"),
+    ("client/feed.py", "_watched"),
     ("client/sending.py", "run"),
     ("client/sending.py", "settled"),
     ("cli/supervisor.py", "_child"),

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.cli.main import penstock
-from penstock.client.records import Dead, State, batch_text, open_lines
+from penstock.client.records import Contents, Dead, State, batch_text, open_lines
 from penstock.errors import SettingsError
 from penstock.events import Frame, FrameKind, Source
 from penstock.wire import frame
@@ -85,7 +85,7 @@ def test_dump_shows_frames_and_files(tmp_path: Path) -> None:
 
 def test_dump_shows_spool_files(tmp_path: Path) -> None:
     events = [b'{"deviceId":"d","n":1.50}', b'{"deviceId":"d","t":"\xff"}']
-    batch = batch_text(events, sealed_at_ms=5, device_field="deviceId", taken={"file": 2}, source="", numbers=())
+    batch = batch_text(Contents(events, {"file": 2}), sealed_at_ms=5, device_field="deviceId")
     lane = tmp_path / "0" / "0"
     lane.mkdir(parents=True)
     (lane / "000000000001-2.batch").write_bytes(batch)

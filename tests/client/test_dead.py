@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from penstock.client.client import Client
 from penstock.client.dead import Change, Letter, Letters, changed, check, event_of, fixed, replay
 from penstock.client.lane import DEAD, Lane
-from penstock.client.records import Dead, State, batch_text
+from penstock.client.records import Contents, Dead, State, batch_text
 from penstock.errors import FlushTimeout, SettingsError, SpoolDamaged, SpoolError
 from penstock.files import Files
 from tests.client.conftest import MemoryApi, never_arrived, problem
@@ -219,7 +219,7 @@ def write(letters: Letters, letter: Letter, lane: Path, number: int) -> Path:
     """The batch, at once in the lane."""
     events = [event_of(record) for record in letter.records]
     path = lane / f"{number:012}-{len(events)}.batch"
-    text = batch_text(events, sealed_at_ms=0, device_field="deviceId", taken={}, source="", numbers=())
+    text = batch_text(Contents(events), sealed_at_ms=0, device_field="deviceId")
     letters._files.replace(path, text)
     return path
 

@@ -400,7 +400,7 @@ def test_little_lies_in_the_spool_while_the_api_is_down(tmp_path: Path) -> None:
     opener.start()
     machine.feed(api, batch=1)
     opener.join()
-    assert api.stored == events(50) and max(most) == 1
+    assert api.stored == events(50) and max(most) <= 2
 
 
 @pytest.mark.parametrize("read_bytes", [1, 2, 3, 7, 1000])

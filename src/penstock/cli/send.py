@@ -38,6 +38,7 @@ def send(values: Values, files: Sequence[str]) -> None:
     from penstock.client.transport import HttpTransport
     from penstock.clock import SystemClock
     from penstock.files import Files
+    from penstock.wire.frame import member
     from penstock.wire.route import is_field
 
     field, folder = values.text("device-field"), Path(values.text("spool"))
@@ -59,6 +60,7 @@ def send(values: Values, files: Sequence[str]) -> None:
             clock=clock,
             files=Files(),
             reading=given,
+            zipped=member,
         )
     except OSError as error:
         raise SpoolError(f"The spool in {folder} cannot be opened: {error}. Nothing was sent.") from error

@@ -27,7 +27,7 @@ import msgspec
 
 from penstock.client.client import Client
 from penstock.client.lane import DEAD, Lane
-from penstock.client.records import Dead, State, batch_text, read_batch, source_of
+from penstock.client.records import Contents, Dead, State, batch_text, read_batch, source_of
 from penstock.errors import SettingsError, SpoolDamaged, SpoolError
 from penstock.files import Files
 
@@ -296,9 +296,8 @@ class Letters:
         events = [event_of(record) for record in letter.records]
         batch = self.folder / f"{letter.id}.batch"
         source, numbers = _origin(letter.records)
-        text = batch_text(
-            events, sealed_at_ms=now_ms, device_field=device_field, taken={}, source=source, numbers=numbers
-        )
+        contents = Contents(events, source=source, numbers=numbers)
+        text = batch_text(contents, sealed_at_ms=now_ms, device_field=device_field)
         self._files.replace(batch, text)
         self._files.remove(self.folder / f"{letter.id}.ndjson")
         path = lane / f"{number:012}-{len(events)}.batch"

@@ -1,7 +1,7 @@
 """Feeds the lines of files through the lanes of a spool to the hub: `penstock send`.
 
-Each lane has a thread: it seals the lines that it is handed as a batch of the spool, and sends until the lane is empty, so little more
-than one batch for each lane lies in the spool. The batch says which lines of which file it holds, and the lane's durable state says up to
+Each lane has two threads: one seals the lines that it is handed as a batch of the spool, the other posts. The first is never more than
+one batch ahead, so little lies in the spool. A batch says which lines of which file it holds, and the lane's durable state says up to
 which line they are sealed. So whoever dies in between, the next `Feed` of this spool sends what was sealed under its old number,
 skips as many lines of the file as each lane has taken, and goes on behind them.
 
@@ -23,7 +23,7 @@ from typing import Protocol
 import msgspec
 
 from penstock.client.lane import COMPLETE, Lane
-from penstock.client.records import RAW_BYTES_MAX, file_of, source_of
+from penstock.client.records import RAW_BYTES_MAX, Zip, file_of, gzipped, source_of
 from penstock.client.sending import Board, Rejected, Sender, Stats, headers_of
 from penstock.client.spool import LaneOf, Spool
 from penstock.client.transport import Transport
@@ -32,7 +32,7 @@ from penstock.errors import FileChanged, GaveUp, SettingsError
 from penstock.files import Files
 
 STDIN = "-"
-_WAITING_MAX = 1
+_WAITING_MAX, _AHEAD = 1, 1
 _LOOK_S = 0.2
 _READ_BYTES = 256 << 10
 
@@ -41,6 +41,17 @@ class _Part(msgspec.Struct, frozen=True, gc=False):
     source: str
     lines: Sequence[bytes]
     numbers: Sequence[int]
+
+
+class _Belt:
+    """A lane's way from lines to answers, in two threads: one seals the parts that it is handed, the other posts. `open`: more may come."""
+
+    def __init__(self, lane: Lane, sender: Sender, is_open: bool) -> None:
+        self.lane = lane
+        self.sender = sender
+        self.open = is_open
+        self.parts: queue.Queue[_Part | None] = queue.Queue(_WAITING_MAX)
+        self.room = threading.Event()
 
 
 class Readable(Protocol):
@@ -63,6 +74,7 @@ class Feed:
         clock: Clock,
         files: Files,
         reading: Collection[str] = (),
+        zipped: Zip = gzipped,
     ) -> None:
         """`reading`: the files that will be given, as `Path.resolve` names them."""
         transports = [connect()]  # raises SettingsError for an address that cannot be one, before anything is touched
@@ -76,6 +88,7 @@ class Feed:
             reading=reading,
         )
         self._board = Board(on_rejected, clock, lambda: spool.events)
+        self._zipped = zipped
         self._device_field = device_field
         self._batch_events = batch_events
         self._timeout_s = timeout_s
@@ -83,7 +96,6 @@ class Feed:
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._lane_of = LaneOf(device_field, len(spool.lanes))
-        self._queues: list[queue.Queue[_Part | None]] = [queue.Queue(_WAITING_MAX) for _ in spool.lanes]
         self._lines: list[list[bytes]] = [[] for _ in spool.lanes]
         self._numbers: list[list[int]] = [[] for _ in spool.lanes]
         self._sources: list[str] = []
@@ -92,21 +104,28 @@ class Feed:
         self._skipped = 0
         self._forget_ended()
         headers = headers_of(device_field)
-        self._threads = []
-        self._senders = []
+        self._belts: list[_Belt] = []
+        self._threads: list[threading.Thread] = []
         for number, lane in enumerate((*spool.lanes, *spool.left)):
+            while lane.seal():
+                continue
             transport = transports.pop() if transports else connect()
             sender = Sender(lane, transport, self._board, clock, random.random, headers)
-            self._senders.append(sender)
-            given = (lane, sender, self._queues[number] if number < len(self._queues) else None)
-            self._threads.append(threading.Thread(target=self._run, args=given, name=f"lane-{number}", daemon=True))
+            belt = _Belt(lane, sender, number < len(spool.lanes))
+            self._belts.append(belt)
+            self._add_thread(self._send, belt, f"send-{number}")
+            if belt.open:
+                self._add_thread(self._seal, belt, f"seal-{number}")
         for thread in self._threads:
             thread.start()
+
+    def _add_thread(self, run: Callable[[_Belt], None], belt: _Belt, name: str) -> None:
+        self._threads.append(threading.Thread(target=self._watched, args=(run, belt), name=name, daemon=True))
 
     @property
     def lanes(self) -> int:
         """How many there are: not those asked for, where the spool is being used with others."""
-        return len(self._queues)
+        return len(self._spool.lanes)
 
     @property
     def skipped(self) -> int:
@@ -168,7 +187,7 @@ class Feed:
                 self._numbers[lane].append(number)
             else:
                 self._skipped += 1
-        for lane in range(len(self._queues)):
+        for lane in range(self.lanes):
             self._hand_full(lane)
 
     def reject(self, number: int, code: str, detail: str) -> None:
@@ -178,13 +197,13 @@ class Feed:
 
     def end(self) -> None:
         """The file ends."""
-        for lane in range(len(self._queues)):
+        for lane in range(self.lanes):
             self._hand(lane, len(self._lines[lane]))
 
     def finish(self) -> None:
         """Returns when the hub has answered for all."""
-        for waiting in self._queues:
-            self._put(waiting, None)
+        for belt in self._belts[: self.lanes]:
+            self._put(belt.parts, None)
         while any(thread.is_alive() for thread in self._threads):
             self._check()
             self._wait()
@@ -208,14 +227,16 @@ class Feed:
     def close(self, within_s: float) -> None:
         """Send nothing more; an answer that is under way gets so long. What is in the spool stays there."""
         self._stop.set()
-        for waiting in self._queues:
+        for belt in self._belts:
+            belt.sender.wake.set()
+            belt.room.set()
             with contextlib.suppress(queue.Full):
-                waiting.put_nowait(None)
+                belt.parts.put_nowait(None)
         until = self._clock.monotonic() + within_s
         for thread in self._threads:
             thread.join(max(0.0, until - self._clock.monotonic()))
-        for sender in self._senders:
-            sender.abandon()
+        for belt in self._belts:
+            belt.sender.abandon()
         self._spool.close()
 
     def _hand_full(self, lane: int) -> None:
@@ -234,7 +255,7 @@ class Feed:
     def _hand(self, lane: int, count: int) -> None:
         lines, numbers = self._lines[lane], self._numbers[lane]
         if count:
-            self._put(self._queues[lane], _Part(self._source, lines[:count], numbers[:count]))
+            self._put(self._belts[lane].parts, _Part(self._source, lines[:count], numbers[:count]))
             del lines[:count], numbers[:count]
 
     def _put(self, waiting: queue.Queue[_Part | None], part: _Part | None) -> None:
@@ -256,28 +277,51 @@ class Feed:
         if silent_s > self._timeout_s and self._board.why:
             raise GaveUp(f"Nothing was taken for {silent_s:.0f} s. The last answer: {self._board.why}")
 
-    def _run(self, lane: Lane, sender: Sender, parts: queue.Queue[_Part | None] | None) -> None:
-        """A lane's thread."""
+    def _watched(self, run: Callable[[_Belt], None], belt: _Belt) -> None:
+        """A thread."""
         try:
-            self._drain(lane, sender)
-            while parts is not None and (part := parts.get()) is not None and not self._stop.is_set():
-                if not self._spool.events:
-                    # The time in which there was nothing to send is no time in which nothing was taken.
-                    self._board.begin()
-                lane.put(part.lines, part.source, part.numbers)
-                self._drain(lane, sender)
+            run(belt)
         except BaseException as error:
             self._failure = self._failure or error
         finally:
-            sender.close()
             self._board.changed.set()
 
-    def _drain(self, lane: Lane, sender: Sender) -> None:
-        while lane.seal():
-            continue
-        while not self._stop.is_set() and (wait_s := sender.step()) is not None:
-            if wait_s:
-                self._clock.wait(self._stop, wait_s)
+    def _over(self) -> bool:
+        return self._stop.is_set() or self._failure is not None
+
+    def _seal(self, belt: _Belt) -> None:
+        try:
+            while (part := belt.parts.get()) is not None:
+                while belt.lane.sealed > _AHEAD and not self._over():
+                    self._clock.wait(belt.room, _LOOK_S)
+                    belt.room.clear()
+                if self._over():
+                    return
+                if not self._spool.events:
+                    # The time in which there was nothing to send is no time in which nothing was taken.
+                    self._board.begin()
+                belt.lane.put(part.lines, part.source, part.numbers, self._zipped)
+                belt.sender.wake.set()
+        finally:
+            belt.open = False
+            belt.sender.wake.set()
+
+    def _send(self, belt: _Belt) -> None:
+        sender = belt.sender
+        try:
+            while not self._stop.is_set():
+                more = belt.open
+                wait_s = sender.step()
+                belt.room.set()
+                if wait_s is None and not more:
+                    return
+                if wait_s is None:
+                    self._clock.wait(sender.wake, _LOOK_S)
+                    sender.wake.clear()
+                elif wait_s:
+                    self._clock.wait(self._stop, wait_s)
+        finally:
+            sender.close()
 
 
 def lines_of(stream: Readable) -> Iterator[tuple[int, Sequence[bytes] | None]]:

@@ -23,7 +23,19 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.client.records import Batch, Dead, State, batch_text, open_lines, read_batch, read_header, read_open
+from penstock.client.records import (
+    Batch,
+    Contents,
+    Dead,
+    State,
+    Zip,
+    batch_text,
+    gzipped,
+    open_lines,
+    read_batch,
+    read_header,
+    read_open,
+)
 from penstock.errors import SpoolDamaged
 from penstock.files import Appending, Files
 
@@ -50,22 +62,6 @@ class _Ended(msgspec.Struct, frozen=True, gc=False):
     path: Path
     events: int
     bytes: int
-
-
-class _Lines(msgspec.Struct, frozen=True):
-    """What goes into a batch file; `source` and `numbers` where they are of a source."""
-
-    lines: Sequence[bytes]
-    taken: Mapping[str, int]
-    source: str = ""
-    numbers: Sequence[int] = ()
-
-    def halves(self) -> tuple[_Lines, _Lines]:
-        middle = len(self.lines) // 2
-        return (
-            _Lines(self.lines[:middle], self.taken, self.source, self.numbers[:middle]),
-            _Lines(self.lines[middle:], self.taken, self.source, self.numbers[middle:]),
-        )
 
 
 def _stem(name: str) -> str:
@@ -124,6 +120,11 @@ class Lane:
     def unsealed(self) -> int:
         """Open files that were ended and wait for `seal`."""
         return len(self._rotated)
+
+    @property
+    def sealed(self) -> int:
+        """Batches that wait, the one that is posted among them."""
+        return len(self._sealed)
 
     @property
     def open_events(self) -> int:
@@ -185,7 +186,7 @@ class Lane:
             late = self._is_late(stem)
             if late:
                 stem = f"{next(self._numbers):012}"
-            made, size = self._write(stem, _Lines(lines, self._taken)) if lines else ("", 0)
+            made, size = self._write(stem, Contents(lines, self._taken)) if lines else ("", 0)
             if late:
                 # Its number does not tell any more that it was sealed, so it must not come back.
                 self._files.remove(file.path)
@@ -203,12 +204,14 @@ class Lane:
         with self._lock:
             return bool(self._sealed and stem < _stem(self._sealed[-1])) or stem <= self.state.batch[:12]
 
-    def put(self, lines: Sequence[bytes], source: str, numbers: Sequence[int]) -> None:
+    def put(self, lines: Sequence[bytes], source: str, numbers: Sequence[int], zipped: Zip = gzipped) -> None:
         """Seal lines of a source that outlives this process itself; `numbers` are theirs in it, in ascending order."""
         with self._sealing:
             with self._lock:
                 self._taken = {**self._taken, source: numbers[-1]}
-            made, size = self._write(f"{next(self._numbers):012}", _Lines(lines, self._taken, source, numbers))
+            made, size = self._write(
+                f"{next(self._numbers):012}", Contents(lines, self._taken, source, numbers, zipped)
+            )
             with self._lock:
                 self._sealed.append(made)
             self._count(len(lines), size)
@@ -266,7 +269,7 @@ class Lane:
     def split(self, batch: Batch) -> None:
         """Two batches in the place of one, to be posted under numbers of their own."""
         header = batch.header
-        whole = _Lines(batch.lines(), header.taken, header.source, header.numbers)
+        whole = Contents(batch.lines(), header.taken, header.source, header.numbers)
         halves = [self._write(batch.stem + half, part) for half, part in zip("ab", whole.halves(), strict=True)]
         self._files.discard(batch.path)
         with self._lock:  # so that `reached` sees the batch or its halves
@@ -341,17 +344,10 @@ class Lane:
                 break
         return last
 
-    def _write(self, stem: str, given: _Lines) -> tuple[str, int]:
+    def _write(self, stem: str, given: Contents) -> tuple[str, int]:
         """The name of the batch file and its size. It is counted when the act is done that it is a part of, for that may be repeated."""
         name = f"{stem}-{len(given.lines)}.batch"
-        text = batch_text(
-            given.lines,
-            sealed_at_ms=self._now_ms(),
-            device_field=self._device_field,
-            taken=given.taken,
-            source=given.source,
-            numbers=given.numbers,
-        )
+        text = batch_text(given, sealed_at_ms=self._now_ms(), device_field=self._device_field)
         self._files.replace(self._folder / name, text)
         return name, len(text)
 

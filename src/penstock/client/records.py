@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -136,29 +136,46 @@ def read_header(text: bytes) -> Header:
     return header
 
 
-def batch_text(
-    lines: Sequence[bytes],
-    *,
-    sealed_at_ms: int,
-    device_field: str,
-    taken: Mapping[str, int],
-    source: str,
-    numbers: Sequence[int],
-) -> bytes:
+def gzipped(raw: bytes) -> bytes:
+    """One gzip member."""
+    return zlib.compress(raw, 1, 31)
+
+
+Zip = Callable[[bytes], bytes]
+"""To one gzip member. Where more than the standard library is installed, there are faster ones than `gzipped`."""
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What goes into a batch file; `source` and `numbers` where the lines are of a source."""
+
+    lines: Sequence[bytes]
+    taken: Mapping[str, int] = {}
+    source: str = ""
+    numbers: Sequence[int] = ()
+    zipped: Zip = gzipped
+
+    def halves(self) -> tuple[Contents, Contents]:
+        middle = len(self.lines) // 2
+        return (
+            Contents(self.lines[:middle], self.taken, self.source, self.numbers[:middle]),
+            Contents(self.lines[middle:], self.taken, self.source, self.numbers[middle:]),
+        )
+
+
+def batch_text(given: Contents, *, sealed_at_ms: int, device_field: str) -> bytes:
     """A batch file."""
-    raw = b"\n".join(lines) + b"\n"
-    body = zlib.compress(raw, 1, 31)
-    digest = hashlib.sha256(body).hexdigest()
+    raw = b"\n".join(given.lines) + b"\n"
+    body = given.zipped(raw)
     header = Header(
         format=_FORMAT,
-        events=len(lines),
+        events=len(given.lines),
         raw_bytes=len(raw),
         bytes=len(body),
-        sha256=digest,
+        sha256=hashlib.sha256(body).hexdigest(),
         sealed_at_ms=sealed_at_ms,
         device_field=device_field,
-        taken=dict(taken),
-        source=source,
-        numbers=tuple(numbers),
+        taken=dict(given.taken),
+        source=given.source,
+        numbers=tuple(given.numbers),
     )
     return msgspec.json.encode(header) + b"\n" + body
