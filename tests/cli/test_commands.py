@@ -54,6 +54,14 @@ def test_wrong_use_is_exit_2_and_touches_nothing(shell: Any) -> None:
     assert list(shell.folder.iterdir()) == []
 
 
+def test_send_takes_no_file_twice_and_not_any_number(shell: Any) -> None:
+    for n in range(501):
+        (shell.folder / f"{n}").touch()
+    for files, says in ((["1", "./1"], b"given twice"), ([str(n) for n in range(501)], b"at most 500 can be at once")):
+        done = shell.run("send", *files)
+        assert done.returncode == 2 and says in done.stderr and not (shell.folder / "spool").exists()
+
+
 def test_send_without_a_spool_or_an_api_says_so(shell: Any) -> None:
     (shell.folder / "file").write_bytes(b'{"deviceId":"d"}\n')
     done = shell.run("send", "file", "--spool", "file/spool", "--url", "http://127.0.0.1:9")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT_S = 60.0
 _STOP_WITHIN_S = 2.0
+_FILES_MAX = 500
 
 
 @click.command()
@@ -100,6 +101,11 @@ def _resolved(files: Sequence[str]) -> dict[str, str]:
     given = {file if file == STDIN else str(Path(file).resolve()): file for file in files}
     if len(given) < len(files):
         raise SettingsError("A file is given twice. Nothing was sent.")
+    if len(given) > _FILES_MAX:
+        raise SettingsError(
+            f"{len(given)} files are given; at most {_FILES_MAX} can be at once, for each batch says how far every one is taken. "
+            "Nothing was sent. Send them in groups, or all through `-`."
+        )
     return given
 
 
