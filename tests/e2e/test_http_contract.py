@@ -28,7 +28,7 @@ JSON = {"Content-Type": "application/json"}
 GZIP = {**NDJSON, "Content-Encoding": "gzip"}
 ZSTD = {**NDJSON, "Content-Encoding": "zstd"}
 BODY_MAX, BATCH_MAX, EVENT_MAX, EVENTS_MAX, HEADER_MAX = 1 << 20, 16 << 20, 256 << 10, 10_000, 16 << 10
-WORKER_GROWTH_KIB_MAX = 100 << 10
+WORKER_GROWTH_KIB_MAX = 160 << 10
 
 
 class Rig:
