@@ -29,6 +29,7 @@ from penstock.files import Files
 from tests.client.conftest import MemoryApi, lost_answer, never_arrived, problem, says
 from tests.client.power import PowerCut, PowerFiles
 from tests.client.test_client import client_of
+from tests.e2e.system import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -289,6 +290,42 @@ def test_a_file_that_changed_in_between_is_refused(tmp_path: Path) -> None:
     machine.write(events(50))
     machine.feed(api)
     assert api.stored == events(50)
+
+
+def test_what_a_killed_client_left_goes_before_the_file(tmp_path: Path) -> None:
+    """An open file is no batch yet, and its devices are those of the file: only sealed before can it keep their order."""
+    machine, api, left = (
+        Machine(tmp_path, events(9)),
+        MemoryApi(),
+        [b'{"deviceId":"d-0","left":%d}' % n for n in range(4)],
+    )
+    spool = tmp_path / "spool"
+    lane = Lane(spool / "0" / "0", spool, Files(), device_field="deviceId", now_ms=lambda: 0, new_producer=lambda: "p")
+    lane.append(left)
+    lane.abandon()
+    machine.feed(api)
+    assert api.stored == [*left, *events(9)]
+
+
+def test_a_batch_that_is_sealed_while_the_lane_looks_empty_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look that finds nothing and the question whether more will come, the last batch is made, and nothing more will come."""
+    step, looked = sending.Sender.step, threading.Event()
+
+    def slow(self: sending.Sender) -> float | None:
+        found = step(self)
+        if found is None and not looked.is_set():
+            sealing = wait_for("seal-0 runs", lambda: [one for one in threading.enumerate() if one.name == "seal-0"])
+            looked.set()  # now the file is read
+            sealing[0].join(30)
+        return found
+
+    monkeypatch.setattr(sending.Sender, "step", slow)
+    machine, api, read = Machine(tmp_path, events(2)), MemoryApi(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (path != machine.file or looked.wait(30)) and read(path))
+    machine.feed(api)
+    assert looked.is_set() and api.stored == events(2)
 
 
 def test_what_comes_through_a_pipe_comes_from_the_beginning(tmp_path: Path) -> None:
