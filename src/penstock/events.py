@@ -87,7 +87,7 @@ class Bounds(msgspec.Struct, frozen=True, gc=False):
 
 
 class Frame(msgspec.Struct, frozen=True, gc=False):
-    """A frame as it lies in the log. `body` is as stored; `penstock.wire.frame.content` gives the NDJSON."""
+    """A frame as it lies in the log: `penstock.wire.frame` has `content`, the NDJSON of `body`, and `sources_of` for `sources`."""
 
     kind: FrameKind
     partition: int
@@ -97,7 +97,8 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     raw_bytes: int
     content_crc: int
     body: bytes
-    sources: tuple[Source, ...] = ()
+    source_count: int = 0
+    sources: bytes = b""
 
     @property
     def next(self) -> int:

@@ -75,7 +75,16 @@ def test_send_without_a_spool_or_an_api_says_so(shell: Any) -> None:
 def test_dump_shows_frames_and_files(tmp_path: Path) -> None:
     lines = b'{"deviceId":"d"}\n' * 5
     plain = Frame(
-        FrameKind.PLAIN, 3, 7, 5, 1_795_356_000_000, len(lines), frame.crc32(lines), lines, (Source("p", 1, 1, 5),)
+        FrameKind.PLAIN,
+        3,
+        7,
+        5,
+        1_795_356_000_000,
+        len(lines),
+        frame.crc32(lines),
+        lines,
+        1,
+        frame.pack_sources([Source("p", 1, 1, 5)]),
     )
     (tmp_path / "frames").write_bytes(frame.encode(plain) * 2)
     (tmp_path / "hour.json.gz").write_bytes(gzip.compress(lines))

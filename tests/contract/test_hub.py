@@ -18,7 +18,7 @@ from penstock.errors import NumberReused, NumberTooOld, OffsetBeyondEnd, OffsetT
 from penstock.events import Appended, Batch, Frame, FrameKind, Group
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.testing import FakeClock, MemoryHub
-from penstock.wire.frame import content, events
+from penstock.wire.frame import content, events, sources_of
 
 AnyHub = EmbeddedHub | MemoryHub
 PERIOD_S = 60
@@ -121,8 +121,8 @@ def test_events_come_back_in_order_with_their_sources(hub: AnyHub, clock: FakeCl
     assert stored(hub, 1) == []
     assert stored(hub, 2) == lines_of("b", 2)
     frames = read_all(hub, 0)
-    assert [source.producer for frame in frames for source in frame.sources] == ["p", "q", "p"]
-    assert [source.sha256 for frame in frames for source in frame.sources][:2] == [first.sha256, large.sha256]
+    assert [source.producer for frame in frames for source in sources_of(frame)] == ["p", "q", "p"]
+    assert [source.sha256 for frame in frames for source in sources_of(frame)][:2] == [first.sha256, large.sha256]
     assert frames[0].enqueued_at_ms == START_MS
     assert frames[-1].enqueued_at_ms == START_MS + 1000
     found = hub.read(0, "92", bytes_max=1 << 20)

@@ -22,7 +22,7 @@ from penstock.hub import embedded
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.hub.layout import EVENTS, KEY, META_POSITIONS
 from penstock.testing import FakeClock
-from penstock.wire.frame import content, encode
+from penstock.wire.frame import content, encode, sources_of
 
 PERIOD_S = 60
 START_MS = 1_795_356_000_000
@@ -185,7 +185,7 @@ def test_short_batches_of_a_commit_share_a_frame(reopen: Open) -> None:
     hub.append([batch(n, {0: [b'{"n":%d}' % n] * n}, producer=f"p-{n}") for n in range(1, 6)])
     [frame] = read_all(hub, 0)
     assert (frame.first, frame.count) == (0, 15)
-    assert [(source.producer, source.count) for source in frame.sources] == [(f"p-{n}", n) for n in range(1, 6)]
+    assert [(source.producer, source.count) for source in sources_of(frame)] == [(f"p-{n}", n) for n in range(1, 6)]
     assert hub.producer("p-3").kept[0].ranges == [(0, 3, 6)]
 
 

@@ -17,7 +17,7 @@ import pytest
 from penstock.clock import SystemClock
 from penstock.errors import HubBroken
 from penstock.hub.embedded import EmbeddedHub, create
-from penstock.wire.frame import content
+from penstock.wire.frame import content, sources_of
 
 PARTITIONS = 4
 BYTES_MAX = 256 << 20
@@ -118,7 +118,7 @@ def content_of(folder: Path) -> Counter[tuple[str, int, int, int]]:
                 for frame in read.frames:
                     assert frame.first == number
                     lines = content(frame).split(b"\n")[:-1]
-                    assert len(lines) == frame.count == sum(source.count for source in frame.sources)
+                    assert len(lines) == frame.count == sum(source.count for source in sources_of(frame))
                     number = frame.next
                     for line in lines:
                         producer, sequence, n = (

@@ -24,7 +24,7 @@ from penstock.server.ingest import Ingest
 from penstock.server.message import Request, Response
 from penstock.testing import FakeClock, MemoryHub, MemoryLog
 from penstock.wire.body import unzip
-from penstock.wire.frame import content
+from penstock.wire.frame import content, sources_of
 from penstock.wire.route import Router
 
 PATIENCE_S = 20.0
@@ -304,7 +304,7 @@ def test_the_device_field_of_a_batch_and_of_the_server() -> None:
             source.device_field
             for partition in range(4)
             for frame in intake.hub.read(partition, "0", bytes_max=1 << 20).frames
-            for source in frame.sources
+            for source in sources_of(frame)
         ]
         assert sorted(fields) == ["address", "other"]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from penstock.events import Batch, FrameKind, Group
 from penstock.wire.draft import drafts
-from penstock.wire.frame import content, decode
+from penstock.wire.frame import content, decode, sources_of
 
 groups = st.builds(
     lambda partition, count, size: (partition, count, size),
@@ -46,7 +46,7 @@ def test_frames_of_a_commit(sent: list[list[tuple[int, int, int]]], frame_bytes_
         assert frame.kind is (FrameKind.GZIP if len(ndjson) >= 4096 else FrameKind.PLAIN)
         assert len(ndjson) <= frame_bytes_max or len(draft.members) == 1
         following = iter(ndjson.splitlines(keepends=True))
-        for (index, count), source in zip(draft.members, frame.sources, strict=True):
+        for (index, count), source in zip(draft.members, sources_of(frame), strict=True):
             assert (source.producer, source.sequence, source.count) == (f"p-{index}", index + 1, count)
             assert (source.sha256, source.properties, source.device_field) == (
                 bytes([index]) * 32,

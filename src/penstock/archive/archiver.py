@@ -194,9 +194,10 @@ class Archiver:
 
     def _write(self, members: list[bytes]) -> None:
         assert self._work is not None, "a file is opened before it is written"
-        with _translated(self._folder):
-            for member in members:
-                self._work.write(member)
+        try:
+            self._work.writelines(members)
+        except OSError as error:
+            raise _no_work_file(self._folder, error) from error
 
     def _close(self, closed_by: ClosedBy) -> str:
         """Steps 2 to 4 for the open file; its checkpoint."""
@@ -282,4 +283,8 @@ def _translated(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailable(f"no work file can be written in {folder}: {error}") from error
+        raise _no_work_file(folder, error) from error
+
+
+def _no_work_file(folder: Path, error: OSError) -> StoreUnavailable:
+    return StoreUnavailable(f"no work file can be written in {folder}: {error}")

@@ -106,7 +106,7 @@ def _frame(read: Frame, lines: int) -> dict[str, Any]:
                 "sha256": source.sha256.hex(),
                 "properties": source.properties.decode("utf-8", "replace"),
             }
-            for source in read.sources
+            for source in frame.sources_of(read)
         ],
         "lines": [_shown(line) for line in content],
     }

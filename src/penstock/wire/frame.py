@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -75,6 +75,15 @@ def pack_count(count: int) -> bytes:
     return _CRC.pack(count)
 
 
+def pack_sources(sources: Iterable[Source]) -> bytes:
+    """Sources as they lie in a header, one after the other."""
+    return b"".join(
+        pack_count(of.count)
+        + pack_origin(of.producer, of.epoch, of.sequence, of.sha256, of.properties, of.device_field)
+        for of in sources
+    )
+
+
 def pack(
     kind: int,
     partition: int,
@@ -108,14 +117,8 @@ def encode(frame: Frame) -> bytes:
         frame.raw_bytes,
         frame.content_crc,
         crc32(frame.body),
-        b"".join(
-            pack_count(source.count)
-            + pack_origin(
-                source.producer, source.epoch, source.sequence, source.sha256, source.properties, source.device_field
-            )
-            for source in frame.sources
-        ),
-        len(frame.sources),
+        frame.sources,
+        frame.source_count,
         frame.body,
     )
 
@@ -134,19 +137,15 @@ def decode(data: bytes, *, where: str = "") -> Frame:
     rest = data[_HEAD.size + _CRC.size : header_bytes]
     if crc32(rest, crc32(data[: _HEAD.size])) != _CRC.unpack_from(data, _HEAD.size)[0]:
         raise _damaged(where, "the CRC of its header is wrong")
-    partition, sources, first, at_ms, count, raw_bytes, body_bytes, content_crc, body_crc = _REST.unpack_from(rest)
+    partition, source_count, first, at_ms, count, raw_bytes, body_bytes, content_crc, body_crc = _REST.unpack_from(rest)
     body = data[header_bytes:]
     if len(body) != body_bytes or crc32(body) != body_crc:
         raise _damaged(where, "the CRC or length of its body is wrong")
     if kind >= len(_KINDS):
         raise _damaged(where, f"it is of the unknown kind {kind}")
-    try:
-        parsed = tuple(_sources(rest, sources))
-    except (struct.error, UnicodeDecodeError, IndexError) as error:
-        raise _damaged(where, "its sources do not fit") from error
-    if sum([source.count for source in parsed]) != count:
-        raise _damaged(where, "its sources do not add up")
-    return Frame(_KINDS[kind], partition, first, count, at_ms, raw_bytes, content_crc, body, parsed)
+    return Frame(
+        _KINDS[kind], partition, first, count, at_ms, raw_bytes, content_crc, body, source_count, rest[_REST.size :]
+    )
 
 
 def _damaged(where: str, what: str) -> FrameDamaged:
@@ -157,9 +156,21 @@ def _damaged(where: str, what: str) -> FrameDamaged:
     )
 
 
+def sources_of(frame: Frame) -> tuple[Source, ...]:
+    """Whose events these are, in order. Raises FrameDamaged. Not part of `decode`: an archiver copies frames by the thousand unasked."""
+    where = f"{frame.partition}/{frame.first}"
+    try:
+        sources = tuple(_sources(frame.sources, frame.source_count))
+    except (struct.error, UnicodeDecodeError, IndexError) as error:
+        raise _damaged(where, "its sources do not fit") from error
+    if sum([source.count for source in sources]) != frame.count:
+        raise _damaged(where, "its sources do not add up")
+    return sources
+
+
 def _sources(rest: bytes, number: int) -> Iterator[Source]:
     """Raises struct.error, IndexError or UnicodeDecodeError where they do not fit."""
-    at = _REST.size
+    at = 0
     for _ in range(number):
         count, length = _NAMED.unpack_from(rest, at)
         begin = at + _NAMED.size
@@ -243,7 +254,7 @@ def events(read: Slice) -> Iterator[Event]:
             )
         following = iter(lines)
         number = frame.first
-        for source in frame.sources:
+        for source in sources_of(frame):
             for _ in range(source.count):
                 line = next(following)
                 if number >= start:
