@@ -16,9 +16,10 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, BinaryIO, TypeVar
 
-from penstock.blobs import Blob, BlobStore, Created, Exists
+from penstock.blobs import Blob, BlobStore, Created, Exists, Listed
 from penstock.blobs.disk import check_name
 from penstock.errors import (
     BlobNotFound,
@@ -131,9 +132,10 @@ class MemoryBlobs:
         body = self.get(name).body
         return (body[at : at + (1 << 20)] for at in range(0, len(body), 1 << 20))
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Listed]:
         with self._lock:
-            return iter(sorted(name for name in self._blobs if name.startswith(prefix)))
+            found = sorted(((n, blob) for n, blob in self._blobs.items() if n.startswith(prefix)), key=itemgetter(0))
+        return iter([Listed(name, len(blob.body), blob.etag) for name, blob in found])
 
     def delete(self, name: str) -> None:
         with self._lock:
@@ -157,7 +159,7 @@ class Fault(enum.Enum):
     NOTHING_DONE = "StoreUnavailable, and nothing was done"
     DONE = "StoreUnavailable, although it was done"
     LATE = "StoreUnavailable, and it is done some operations later if its condition still holds then"
-    STALE = "the names of the last listing of this prefix"
+    STALE = "the last listing of this prefix"
 
 
 class FaultyBlobs:
@@ -172,7 +174,7 @@ class FaultyBlobs:
         self._late_by = late_by
         self._late: list[tuple[int, Callable[[], object]]] = []
         self._count = 0
-        self._listings: dict[str, list[str]] = {}
+        self._listings: dict[str, list[Listed]] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -211,7 +213,7 @@ class FaultyBlobs:
         self._read("stream", name)
         return self._store.stream(name)
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Listed]:
         if self._read("list", prefix) is not Fault.STALE or prefix not in self._listings:
             self._listings[prefix] = list(self._store.list(prefix))
         return iter(self._listings[prefix])

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO, TypeVar
 import pytest
 
 from penstock.archive.ledger import claim, start
-from penstock.blobs import Blob, BlobStore, Created, Exists
+from penstock.blobs import Blob, BlobStore, Created, Exists, Listed
 from penstock.errors import ArchiveError, FrameDamaged, StoreUnavailable
 from penstock.events import Frame, Slice
 from penstock.processor import CloseReason
@@ -49,7 +49,7 @@ def test_an_open_hour_stays_out_of_the_store(rig: Rig) -> None:
     rig.run()
     assert rig.records() == []
     assert rig.checkpoints[0] == "0"
-    assert list(rig.store.list("0/")) == []
+    assert [blob.name for blob in rig.store.list("0/")] == []
     assert rig.audited().problems == []
     assert rig.audited().totals.pending == 3
 
@@ -158,7 +158,7 @@ class Mortal:
     def size(self, name: str) -> int:
         return self._call(lambda: self._store.size(name))
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Listed]:
         return self._call(lambda: self._store.list(prefix))
 
 
@@ -389,7 +389,7 @@ def test_a_lease_begins_where_the_ledger_ends(rig: Rig) -> None:
 def test_a_listing_that_hides_names_changes_nothing(rig: Rig, shown: int) -> None:
     three_hours(rig)
     rig.run()
-    listed = list(rig.store.list("_ledger/0/"))[:shown]
+    listed = [blob.name for blob in rig.store.list("_ledger/0/")][:shown]
     rig.store.list = lambda prefix: iter(listed)
     assert start(rig.store, rig.hub, 0) == ("90", 90)
     rig.put(1)

@@ -16,7 +16,7 @@ from penstock.testing import MemoryBlobs
 def test_good_stores_pass_and_keep_nothing(tmp_path: Path) -> None:
     for store in (DiskBlobs(tmp_path, Files()), MemoryBlobs()):
         probe(store, name="good")
-        assert list(store.list("")) == []
+        assert [blob.name for blob in store.list("")] == []
 
 
 class TwoCreatesWin(MemoryBlobs):

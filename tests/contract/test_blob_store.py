@@ -68,7 +68,7 @@ def test_what_is_not_there(store: BlobStore) -> None:
         with pytest.raises(BlobNotFound):
             look("no/such")
     store.delete("no/such")
-    assert list(store.list("no/")) == []
+    assert [blob.name for blob in store.list("no/")] == []
 
 
 def test_list_is_sorted_and_by_prefix(store: BlobStore) -> None:
@@ -76,17 +76,35 @@ def test_list_is_sorted_and_by_prefix(store: BlobStore) -> None:
     for name in names:
         store.create(name, body("a"), id="a")
     kept = sorted(names)
-    assert list(store.list("")) == kept
-    assert list(store.list("1/")) == [name for name in kept if name.startswith("1/")]
-    assert list(store.list("1/a")) == ["1/a", "1/a.b/c"]
-    assert list(store.list("_ledger/1/")) == ["_ledger/1/5"]
+    assert [blob.name for blob in store.list("")] == kept
+    assert [blob.name for blob in store.list("1/")] == [name for name in kept if name.startswith("1/")]
+    assert [blob.name for blob in store.list("1/a")] == ["1/a", "1/a.b/c"]
+    assert [blob.name for blob in store.list("_ledger/1/")] == ["_ledger/1/5"]
+
+
+def test_a_listing_has_sizes_and_marks_that_change_with_every_write(store: BlobStore) -> None:
+    def listed() -> dict[str, tuple[int, str]]:
+        return {blob.name: (blob.size, blob.mark) for blob in store.list("l/")}
+
+    marks = set()
+    store.create("l/other", body("o"), id="o")
+    made = store.create("l/a", body("0"), id="0")
+    assert isinstance(made, Created)
+    etag, other = made.etag, listed()["l/other"]
+    for number in range(1, 20):
+        size, mark = listed()["l/a"]
+        assert size == store.size("l/a")
+        marks.add(mark)
+        etag = store.replace("l/a", body(str(number)), etag=etag, id=str(number))
+    assert len(marks | {listed()["l/a"][1]}) == 20
+    assert listed()["l/other"] == other
 
 
 def test_delete(store: BlobStore) -> None:
     store.create("x/a", body("a"), id="a")
     store.delete("x/a")
     store.delete("x/a")
-    assert list(store.list("x/")) == []
+    assert [blob.name for blob in store.list("x/")] == []
     assert isinstance(store.create("x/a", body("b"), id="b"), Created)
 
 

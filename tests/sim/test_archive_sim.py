@@ -32,7 +32,7 @@ from penstock.archive.archiver import Archiver
 from penstock.archive.check import audit, verify
 from penstock.archive.cut import hour_name, period_start_ms
 from penstock.archive.ledger import Ledger, claim, start
-from penstock.blobs import Blob, Created, Exists
+from penstock.blobs import Blob, Created, Exists, Listed
 from penstock.errors import BlobNotFound, LostRace, PenstockError, StoreUnavailable
 from penstock.files import Files
 from penstock.processor import CloseReason
@@ -367,7 +367,7 @@ class SimBlobs:
             return self._put_bytes
         return self._read(lambda: self._blobs.size(name))
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Listed]:
         fresh = self._read(lambda: list(self._blobs.list(prefix)))
         if self._fails():
             hidden = self._random.randrange(len(fresh) + 1)

@@ -101,7 +101,7 @@ def verify(store: BlobStore) -> Report:
     known = _owner(store, problems)
     if known is None:
         return rows.report(problems)
-    names = list(store.list(""))
+    names = [blob.name for blob in store.list("")]
     files: set[str] = set()
     hours: dict[str, list[Record]] = {}
     for partition in range(known.partitions):

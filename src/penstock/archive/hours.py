@@ -151,7 +151,7 @@ class HourKeeper:
 
         Listings are hints here too: one that hides names makes this begin earlier, and a manifest that exists is compared.
         """
-        published = max(self._store.list("_hours/"), default="")
+        published = max((blob.name for blob in self._store.list("_hours/")), default="")
         return {partition: self._first_after(partition, published) for partition in range(self._hub.partitions())}
 
     def _first_after(self, partition: int, published: str) -> int:

@@ -151,7 +151,8 @@ class Ledger:
 
     def listed(self) -> list[int]:
         """`first` of the records that a listing shows, in order: a hint."""
-        matches = map(_RECORD_NAME.fullmatch, self._store.list(f"_ledger/{self._partition}/"))
+        blobs = self._store.list(f"_ledger/{self._partition}/")
+        matches = [_RECORD_NAME.fullmatch(blob.name) for blob in blobs]
         return sorted(int(match[1]) for match in matches if match)
 
     def origin(self, log_first: int) -> int:

@@ -19,6 +19,14 @@ class Blob(msgspec.Struct, frozen=True):
     etag: str
 
 
+class Listed(msgspec.Struct, frozen=True, gc=False):
+    """A blob in a listing: bytes, and a mark that changes with every write. Marks are compared with marks only; they are no etags."""
+
+    name: str
+    size: int
+    mark: str
+
+
 class Created(msgspec.Struct, frozen=True):
     """The blob was not there, and is now what was given."""
 
@@ -61,8 +69,8 @@ class BlobStore(Protocol):
         """The blob in parts of at most 1 MiB. Raises BlobNotFound before the first part."""
         ...
 
-    def list(self, prefix: str) -> Iterator[str]:
-        """Names that begin with `prefix`, sorted. A hint: never decide by it."""
+    def list(self, prefix: str) -> Iterator[Listed]:
+        """The blobs whose names begin with `prefix`, sorted by name. A hint, maybe an old one: never decide by it."""
         ...
 
     def delete(self, name: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from penstock.blobs import Blob, Created, Exists
+from penstock.blobs import Blob, Created, Exists, Listed
 from penstock.errors import BlobNotFound, LostRace, StoreError, StoreUnavailable
 from penstock.files import PART_BYTES, Files
 
@@ -99,10 +99,15 @@ class DiskBlobs:
             while part := file.read(PART_BYTES):
                 yield part
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Listed]:
         base = prefix[: prefix.rfind("/") + 1]
         folder = self._path(base[:-1]) if base else self._folder
-        return (name for name in self._walk(folder, base) if name.startswith(prefix))
+        for name in self._walk(folder, base):
+            if name.startswith(prefix):
+                with contextlib.suppress(BlobNotFound), _translated(name):  # it may have gone since
+                    found = self._path(name).stat()
+                    # A write is a new file (create, rename), so it has another number or a later time.
+                    yield Listed(name, found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
 
     def delete(self, name: str) -> None:
         path = self._path(name)
