@@ -149,7 +149,7 @@ class MemoryBlobs:
 
     def _write(self, name: str, body: bytes) -> str:
         self._writes += 1
-        self._blobs[name] = Blob(body, str(self._writes))
+        self._blobs[name] = Blob(body, str(self._writes), str(self._writes))
         return str(self._writes)
 
 

@@ -374,12 +374,12 @@ def test_a_full_disk_is_tried_again(rig: Rig) -> None:
 
 
 def test_a_lease_begins_where_the_ledger_ends(rig: Rig) -> None:
-    assert start(rig.store, rig.hub, 0) == ("0", 0)
+    assert start(rig.store, rig.hub, 0)[:2] == ("0", 0)
     three_hours(rig)
     rig.run()
-    assert start(rig.store, rig.hub, 0) == ("90", 90)
+    assert start(rig.store, rig.hub, 0)[:2] == ("90", 90)
     rig.store.delete(rig.records()[-1].file)
-    assert start(rig.store, rig.hub, 0) == ("89", 89)
+    assert start(rig.store, rig.hub, 0)[:2] == ("89", 89)
     rig.checkpoints[0] = "89"
     rig.run()
     rig.check()
@@ -391,7 +391,7 @@ def test_a_listing_that_hides_names_changes_nothing(rig: Rig, shown: int) -> Non
     rig.run()
     listed = [blob.name for blob in rig.store.list("_ledger/0/")][:shown]
     rig.store.list = lambda prefix: iter(listed)
-    assert start(rig.store, rig.hub, 0) == ("90", 90)
+    assert start(rig.store, rig.hub, 0)[:2] == ("90", 90)
     rig.put(1)
     rig.close_hour()
     rig.run()

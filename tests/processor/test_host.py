@@ -14,7 +14,7 @@ from penstock.errors import ArchiveError, LostRace
 from penstock.events import Slice
 from penstock.processor import CloseReason
 from penstock.processor.host import EventProcessorHost
-from penstock.processor.lease import Holding, Lease, read_leases
+from penstock.processor.lease import Holding, Lease, Start, read_leases
 from penstock.testing import FakeClock, Fault, FaultyBlobs, MemoryBlobs, MemoryHub, MemoryLog
 from penstock.wire.frame import events as events_of
 from tests.processor.conftest import until
@@ -456,7 +456,7 @@ def test_an_outage_of_the_store_is_said_once_and_survived(one: World) -> None:
 
 
 def test_a_deleted_lease_is_lost_and_claimed_anew(one: World) -> None:
-    a = one.member("a", start=lambda _partition: ("1", 1))
+    a = one.member("a", start=lambda _partition: Start("1", 1))
     one.put(count=3)
     a.round()
     until(lambda: one.lease().sequence_number == 3)
@@ -469,10 +469,10 @@ def test_a_deleted_lease_is_lost_and_claimed_anew(one: World) -> None:
 
 
 def test_a_start_that_cannot_be_found_is_said_and_others_go_on(many: World) -> None:
-    def start(partition: int) -> tuple[str, int]:
+    def start(partition: int) -> Start:
         if partition == 3:
             raise ArchiveError("the chain is broken")
-        return "0", 0
+        return Start("0", 0)
 
     a = many.member("a", start=start)
     many.pass_time(LEASE_S, a)

@@ -7,6 +7,7 @@ import pytest
 from penstock.blobs import BlobStore
 from penstock.errors import BlobNotFound, LostRace, StoreError, StoreUnavailable
 from penstock.processor.lease import (
+    Start,
     Holding,
     Lease,
     Writer,
@@ -23,7 +24,7 @@ NAME = lease_name("g", 3)
 
 
 def claimed(store: BlobStore, clock: FakeClock, owner: str = "a", instance: str = "i") -> Holding:
-    return claim(store, clock, "g", 3, Writer(owner, instance), start=("7", 7))
+    return claim(store, clock, "g", 3, Writer(owner, instance), start=Start("7", 7))
 
 
 def stored(store: BlobStore) -> Lease:

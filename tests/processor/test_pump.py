@@ -8,7 +8,7 @@ import pytest
 from penstock.errors import ArchiveError, FrameDamaged, HubBroken, OffsetTrimmed, PenstockError, StoreUnavailable
 from penstock.events import FrameKind, Slice
 from penstock.processor import CloseReason
-from penstock.processor.lease import Writer, claim, decode_lease, lease_name, take_over
+from penstock.processor.lease import Start, Writer, claim, decode_lease, lease_name, take_over
 from penstock.processor.pump import TRIES, Pump
 from penstock.testing import FakeClock, Fault, FaultyBlobs, MemoryBlobs, MemoryHub, MemoryLog
 from penstock.wire.frame import events as events_of
@@ -50,7 +50,7 @@ class Stage:
         self.closed: list[CloseReason] = []
         self.fatal: list[Exception] = []
         self.fail: Callable[[Slice], object] = lambda _events: None
-        self.holding = claim(self.faulty, self.clock, "g", 0, Writer("a", "i"), start=("0", 0))
+        self.holding = claim(self.faulty, self.clock, "g", 0, Writer("a", "i"), start=Start("0", 0))
         self.pump = Pump(
             self.hub,
             self.holding,

@@ -196,7 +196,7 @@ class World:
         try:
             blob = store.get(LEASE)
         except BlobNotFound:
-            offset, sequence = start(store, self.hub, 0)
+            offset, sequence, _ = start(store, self.hub, 0)
             lease = Lease(0, instance, token, 1, offset, sequence)
             answer = store.create(LEASE, encode_lease(lease), id=token)
             if isinstance(answer, Exists):
@@ -311,7 +311,7 @@ class SimBlobs:
             if broken is Broken.OVERWRITES:
                 answer = self._request(lambda: self._overwrite(name, body, id), lambda: None)
             else:
-                answer = self._request(lambda: self._blobs.create(name, body, id=id), lambda: Exists(Blob(b"", "")))
+                answer = self._request(lambda: self._blobs.create(name, body, id=id), lambda: Exists(Blob(b"", "", "")))
         except Unknown:
             if broken is Broken.UNKNOWN_IS_DONE:
                 return Created("?")

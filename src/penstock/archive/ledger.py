@@ -22,6 +22,7 @@ from penstock.blobs import BlobStore, Exists
 from penstock.clock import Clock, timestamp
 from penstock.errors import ArchiveError, BlobNotFound, SettingsError
 from penstock.hub import Hub
+from penstock.processor.lease import Start
 
 HUB_BLOB: Final = "_hub.json"
 _RECORD_NAME: Final = re.compile(r"_ledger/\d+/(\d{20})\.json")
@@ -182,8 +183,8 @@ class Ledger:
         return record
 
 
-def start(store: BlobStore, hub: Hub, partition: int) -> tuple[str, int]:
-    """Offset and sequence number where a lease begins that does not exist: at the end of what the ledger has decided.
+def start(store: BlobStore, hub: Hub, partition: int) -> Start:
+    """Where a lease begins that does not exist: at the end of what the ledger has decided, in an epoch behind the last that it names.
 
     All files but the last are confirmed (L4). If the last one is missing, its writer died between record and file; then
     the lease begins at that file, and whoever holds it adopts the record and writes the file.
@@ -193,9 +194,9 @@ def start(store: BlobStore, hub: Hub, partition: int) -> tuple[str, int]:
     listed = ledger.listed()
     last = ledger.tail(listed[-1] if listed else 0)
     if last is None:
-        return str(log_first), log_first
+        return Start(str(log_first), log_first)
     try:
         store.size(last.file)
     except BlobNotFound:
-        return str(last.first), last.first
-    return last.offset_next, last.next
+        return Start(str(last.first), last.first, last.epoch + 1)
+    return Start(last.offset_next, last.next, last.epoch + 1)

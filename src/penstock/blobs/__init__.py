@@ -13,10 +13,11 @@ import msgspec
 
 
 class Blob(msgspec.Struct, frozen=True):
-    """A small blob whole: its bytes and the etag to replace it by."""
+    """A small blob whole: its bytes, the etag to replace it by, and the mark that a listing has of this very write."""
 
     body: bytes
     etag: str
+    mark: str
 
 
 class Listed(msgspec.Struct, frozen=True, gc=False):

@@ -86,9 +86,9 @@ class DiskBlobs:
             raise _unavailable(name, error) from error
 
     def get(self, name: str) -> Blob:
-        with _translated(name):
-            body = self._files.read(self._path(name))
-        return Blob(body, _etag(body))
+        with _translated(name), self._path(name).open("rb") as file:
+            body, mark = file.read(), _mark(os.fstat(file.fileno()))
+        return Blob(body, _etag(body), mark)
 
     def size(self, name: str) -> int:
         with _translated(name):
@@ -106,8 +106,7 @@ class DiskBlobs:
             if name.startswith(prefix):
                 with contextlib.suppress(BlobNotFound), _translated(name):  # it may have gone since
                     found = self._path(name).stat()
-                    # A write is a new file (create, rename), so it has another number or a later time.
-                    yield Listed(name, found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
+                    yield Listed(name, found.st_size, _mark(found))
 
     def delete(self, name: str) -> None:
         path = self._path(name)
@@ -153,6 +152,11 @@ def _lock_of(path: Path) -> Path:
 
 def _etag(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
+
+
+def _mark(found: os.stat_result) -> str:
+    """A write is a new file (create, rename), so it has another number or a later time."""
+    return f"{found.st_ino}-{found.st_mtime_ns}"
 
 
 def _unavailable(name: str, error: OSError | None) -> StoreUnavailable:

@@ -1,15 +1,15 @@
 """A host: takes leases of a group's partitions, runs a pump for each, and evens out with the other hosts.
 
-Hosts share nothing but the lease blobs. Each looks at all of them three times in a lease time, in a thread of its own, so
-that leases are renewed whatever the processors do. No clock is compared with another host's: a lease has expired when this
-host has seen the same etag for the lease time on its own monotonic clock.
+Hosts share nothing but the lease blobs. Each looks at them (`watch.py`) twenty times in a lease time and just when one
+expires, in a thread of its own, so that leases are renewed whatever the processors do. No clock is compared with another
+host's: a lease has expired when this host has seen the same write of it for the lease time on its own monotonic clock.
 """
 
 from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -17,12 +17,13 @@ import msgspec
 
 from penstock.blobs import BlobStore
 from penstock.clock import Clock
-from penstock.errors import BlobNotFound, LostRace, PenstockError, StoreError, StoreUnavailable
+from penstock.errors import LostRace, PenstockError, StoreError, StoreUnavailable
 from penstock.hub import Hub
 from penstock.processor import CloseReason, ProcessorFactory
-from penstock.processor.balance import View, plan
-from penstock.processor.lease import Holding, Lease, Writer, claim, decode_lease, lease_name, take_over
+from penstock.processor.balance import Plan, View, plan
+from penstock.processor.lease import Holding, Start, Writer, claim, decode_lease, lease_name, take_over
 from penstock.processor.pump import Log, Pump
+from penstock.processor.watch import LOOKS, Seen, Watch
 
 STOP_S_MAX = 5.0
 WAKE_S = 0.5
@@ -39,16 +40,10 @@ class PumpState(msgspec.Struct, frozen=True):
     parked: str | None
 
 
-class _Seen(msgspec.Struct, frozen=True):
-    lease: Lease
-    etag: str
-    since: float
-
-
 class EventProcessorHost:
     """Runs a processor for each partition of `group` that it gets.
 
-    `start` gives offset and sequence number of a partition that has no lease yet (default: the first event kept).
+    `start` says where a partition begins that has no lease (default: at the first event kept).
     A pump without progress for `stuck_s` (default: ten lease times) gives its lease back.
     """
 
@@ -63,7 +58,7 @@ class EventProcessorHost:
         log: Log,
         lease_s: float = 30.0,
         stuck_s: float | None = None,
-        start: Callable[[int], tuple[str, int]] | None = None,
+        start: Callable[[int], Start] | None = None,
         instance: str | None = None,
     ) -> None:
         self.name = name
@@ -79,8 +74,17 @@ class EventProcessorHost:
         self._pumps: dict[int, Pump] = {}
         self._leaving: dict[int, Pump] = {}
         self._cool_until: dict[int, float] = {}
-        self._seen: dict[int, _Seen] = {}
-        self._troubles: dict[int, str] = {}
+        self._troubles: dict[int | None, str] = {}
+        self._epochs: dict[int, int] = {}
+        self._watch = Watch(
+            store,
+            group,
+            hub.partitions(),
+            me=name,
+            clock=clock,
+            lease_s=lease_s,
+            trouble=self._not_read,
+        )
         self._stop = threading.Event()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -148,21 +152,46 @@ class EventProcessorHost:
         return pump.holding.lease.epoch if pump else 0
 
     def round(self, factory: ProcessorFactory) -> None:
-        """Renew what is ours, look at the rest, take what `plan` says. The thread does it three times in a lease time."""
+        """Renew what is due, look at the rest, take what `plan` says. The thread does it `LOOKS` times in a lease time."""
         self._leaving = {p: pump for p, pump in self._leaving.items() if not pump.ended.is_set()}
         for pump in list(self._pumps.values()):
             self._tend(pump)
-        chosen = plan([self._view(partition) for partition in range(self._hub.partitions())], self.name)
-        for partition in (*chosen.claim, *(() if chosen.steal is None else (chosen.steal,))):
+        try:
+            touched = self._watch.look({p: pump.holding.lease.token for p, pump in self._pumps.items()})
+        except StoreError as error:
+            self._trouble(None, "leases not listed", error)
+            return
+        self._well(None)
+        for partition in touched:
+            self._renew(self._pumps[partition])
+        for partition in self._chosen():
             if self._stop.is_set():
                 return
             self._take(partition, factory)
+
+    def _chosen(self) -> Sequence[int]:
+        """The partitions to take in this round."""
+        chosen = self._plan()
+        if chosen.steal is None:
+            return chosen.claim
+        seen = self._watch.seen(chosen.steal)
+        assert seen is not None, "only what somebody has is stolen"
+        victim = seen.lease.owner
+        self._watch.confirm(victim)
+        chosen = self._plan()
+        seen = None if chosen.steal is None else self._watch.seen(chosen.steal)
+        # Another victim now: what it is thought to have is not confirmed, the next round will do it.
+        return () if seen is None or seen.lease.owner != victim else (chosen.steal,)
+
+    def _plan(self) -> Plan:
+        return plan([self._view(partition) for partition in range(self._hub.partitions())], self.name)
 
     def _run(self, factory: ProcessorFactory) -> None:
         try:
             while not self._stop.is_set():
                 self.round(factory)
-                self._clock.wait(self._stop, self._lease_s / 3)
+                pause_s = min(self._lease_s / LOOKS, self._watch.expires_in())
+                self._clock.wait(self._stop, max(pause_s, self._lease_s / LOOKS / 10))
         except Exception as error:  # the top of the thread
             self._fail(error)
         finally:
@@ -170,13 +199,17 @@ class EventProcessorHost:
             self._done.set()
 
     def _tend(self, pump: Pump) -> None:
-        """Renew, unless the lease is lost already or has to be given back."""
+        """Renew three times in a lease time, unless the lease is lost already or has to be given back."""
         if pump.holding.held and pump.ended.is_set():
             self._give_back(pump, CloseReason.FAILED, "processor ended")
             return
         if pump.holding.held and pump.stalled_s() > self._stuck_s:
             self._give_back(pump, CloseReason.STUCK, "processor stuck")
             return
+        if not pump.holding.held or pump.holding.age_s() >= self._lease_s / 3:
+            self._renew(pump)
+
+    def _renew(self, pump: Pump) -> None:
         try:
             pump.holding.renew()
         except LostRace:
@@ -228,30 +261,21 @@ class EventProcessorHost:
         self._log.info("lease given back", partition=pump.partition, checkpoint=pump.holding.lease.sequence_number)
 
     def _view(self, partition: int) -> View:
-        """What can be said of a partition now. Only a fresh read counts: what cannot be read is not free."""
+        """What can be said of a partition after this look. What cannot be read is not free."""
         if partition in self._pumps:
             return View(partition, self.name, free=False)
-        now = self._clock.monotonic()
-        barred = partition in self._leaving or self._cool_until.get(partition, now) > now
-        try:
-            blob = self._store.get(lease_name(self._group, partition))
-            lease = decode_lease(blob.body, partition)
-        except BlobNotFound:
-            self._seen.pop(partition, None)
-            return View(partition, None, free=not barred)
-        except StoreError as error:
-            self._trouble(partition, "lease not read", error)
+        seen = self._watch.seen(partition)
+        if seen is not None:
+            self._epochs[partition] = max(seen.lease.epoch, self._epochs.get(partition, 0))
+        barred = partition in self._leaving or self._cool_until.get(partition, 0.0) > self._clock.monotonic()
+        if not self._watch.known(partition):
             return View(partition, None, free=False)
-        self._well(partition)
-        seen = self._seen.get(partition)
-        if seen is None or seen.etag != blob.etag:
-            seen = self._seen[partition] = _Seen(lease, blob.etag, now)
-        if lease.owner in ("", self.name) or now - seen.since >= self._lease_s:
+        if seen is None or seen.lease.owner in ("", self.name) or self._watch.expired(partition):
             return View(partition, None, free=not barred)
-        return View(partition, None if barred else lease.owner, free=False)
+        return View(partition, None if barred else seen.lease.owner, free=False)
 
     def _take(self, partition: int, factory: ProcessorFactory) -> None:
-        seen = self._seen.get(partition)
+        seen = self._watch.seen(partition)
         try:
             holding = self._claimed(partition, seen)
         except LostRace:
@@ -260,6 +284,7 @@ class EventProcessorHost:
             self._trouble(partition, "lease not taken", error)
             return
         lease = holding.lease
+        self._epochs[partition] = lease.epoch
         self._log.info(
             "lease taken",
             partition=partition,
@@ -279,15 +304,17 @@ class EventProcessorHost:
         self._pumps[partition] = pump
         pump.start()
 
-    def _claimed(self, partition: int, seen: _Seen | None) -> Holding:
+    def _claimed(self, partition: int, seen: Seen | None) -> Holding:
         if seen is not None:
             return take_over(self._store, self._clock, self._group, seen.lease, seen.etag, self._writer)
+        # An epoch that was seen never comes again, not even when somebody deleted the lease.
         start = self._start(partition)
+        start = start._replace(epoch=max(start.epoch, self._epochs.get(partition, 0) + 1))
         return claim(self._store, self._clock, self._group, partition, self._writer, start=start)
 
-    def _first_kept(self, partition: int) -> tuple[str, int]:
+    def _first_kept(self, partition: int) -> Start:
         first = self._hub.bounds(partition).first
-        return str(first), first
+        return Start(str(first), first)
 
     def _shut(self) -> None:
         """All pumps are told before the first is waited for. One whose `process` does not return loses its lease all the same."""
@@ -307,11 +334,17 @@ class EventProcessorHost:
             self._log.error("host ends", host=self.name, group=self._group, error=str(error), exc_info=error)
         self._stop.set()
 
-    def _trouble(self, partition: int, sentence: str, error: PenstockError) -> None:
+    def _not_read(self, partition: int, error: StoreError | None) -> None:
+        if error is None:
+            self._well(partition)
+        else:
+            self._trouble(partition, "lease not read", error)
+
+    def _trouble(self, partition: int | None, sentence: str, error: PenstockError) -> None:
         if self._troubles.get(partition) != sentence:
             self._troubles[partition] = sentence
             self._log.warning(sentence, partition=partition, error=str(error))
 
-    def _well(self, partition: int) -> None:
+    def _well(self, partition: int | None) -> None:
         if self._troubles.pop(partition, None):
             self._log.info("lease reached again", partition=partition)

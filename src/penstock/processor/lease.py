@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import msgspec
 
@@ -48,9 +49,14 @@ class Lease(msgspec.Struct, frozen=True, rename=_KEYS, forbid_unknown_fields=Tru
         return self.token.rpartition("-")[0]
 
 
+def leases_prefix(group: str) -> str:
+    """What the names of a group's leases begin with."""
+    return f"_leases/{group}/"
+
+
 def lease_name(group: str, partition: int) -> str:
     """The name of the lease's blob."""
-    return f"_leases/{group}/{partition}.json"
+    return f"{leases_prefix(group)}{partition}.json"
 
 
 def encode_lease(lease: Lease) -> bytes:
@@ -98,6 +104,14 @@ def read_leases(
             unreadable(partition, error)
         leases.append(lease)
     return leases
+
+
+class Start(NamedTuple):
+    """Where a lease begins that is not there. `epoch` is more than 1 where there was one before that somebody deleted."""
+
+    offset: str
+    sequence_number: int
+    epoch: int = 1
 
 
 class Writer:
@@ -148,7 +162,11 @@ class Holding:
 
     def in_doubt(self, lease_s: float) -> bool:
         """The lease time since the last successful write is nearly over: another may soon take it, or has."""
-        return self._clock.monotonic() - self._renewed_at > lease_s * 0.8
+        return self.age_s() > lease_s * 0.8
+
+    def age_s(self) -> float:
+        """Seconds since the last successful write began."""
+        return self._clock.monotonic() - self._renewed_at
 
     def renew(self) -> None:
         """Show that this host lives. Raises LostRace, StoreUnavailable."""
@@ -192,15 +210,10 @@ class Holding:
             self._lease, self._etag, self._renewed_at = lease, etag, began_at
 
 
-def claim(
-    store: BlobStore, clock: Clock, group: str, partition: int, writer: Writer, *, start: tuple[str, int]
-) -> Holding:
-    """Take a partition that has no lease yet; create-only. `start` is its offset and sequence number.
-
-    Raises LostRace, StoreUnavailable.
-    """
+def claim(store: BlobStore, clock: Clock, group: str, partition: int, writer: Writer, *, start: Start) -> Holding:
+    """Take a partition that has no lease; create-only. Raises LostRace, StoreUnavailable."""
     name, since = lease_name(group, partition), clock.monotonic()
-    lease = Lease(partition, writer.owner, writer.token(), 1, *start)
+    lease = Lease(partition, writer.owner, writer.token(), start.epoch, start.offset, start.sequence_number)
     made = store.create(name, encode_lease(lease), id=_id(lease))
     if isinstance(made, Exists):
         raise LostRace(f"{name} was taken by another", blob=name)
