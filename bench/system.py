@@ -79,9 +79,9 @@ class System:
         self._log = (self._folder / "up.log").open("wb")
         listen = ("--listen", f"127.0.0.1:{self.port}", "--admin", f"127.0.0.1:{self._admin}")
         self._process = subprocess.Popen(
-            [*self._penstock("up"), *listen, *self._options],
+            [*self.words("up"), *listen, *self._options],
             cwd=self._folder,
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -111,9 +111,9 @@ class System:
     def command(self, *words: str) -> int:
         """Exit code of a command about this installation; what it says goes to our standard error if it is not 0."""
         done = subprocess.run(
-            [*self._penstock(words[0]), *words[1:]],
+            [*self.words(words[0]), *words[1:]],
             cwd=self._folder,
-            env=_environment(),
+            env=environment(),
             capture_output=True,
             timeout=_COMMAND_WITHIN_S,
         )
@@ -121,7 +121,7 @@ class System:
             sys.stderr.write((done.stdout[-4000:] + done.stderr[-4000:]).decode(errors="replace"))
         return done.returncode
 
-    def _penstock(self, command: str) -> list[str]:
+    def words(self, command: str) -> list[str]:
         return [sys.executable, "-m", "penstock", command, "--data", str(self._folder / "data")]
 
     def _await_ready(self) -> None:
@@ -212,7 +212,7 @@ def free_ports(count: int) -> list[int]:
         return ports
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, without settings of Penstock, and with the Penstock that we have imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
     source = str(Path(penstock.__file__).parent.parent)

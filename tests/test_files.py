@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -85,7 +87,7 @@ def test_each_act_syncs_the_content_before_the_name_and_the_folder_after_it(tmp_
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("act", ["create", "replace", "put"])
+@pytest.mark.parametrize("act", ["create", "replace", "put", "put a work file"])
 def test_a_failure_at_any_step_leaves_old_or_new_and_nothing_else(tmp_path: Path, act: str, number: int) -> None:
     steps = 0
     while True:
@@ -102,8 +104,11 @@ def test_a_failure_at_any_step_leaves_old_or_new_and_nothing_else(tmp_path: Path
                     files.create(path, b"new")
                 case "replace":
                     files.replace(path, b"new")
-                case _:
+                case "put":
                     files.put(path, io.BytesIO(b"new"))
+                case _:
+                    with written(files.work_file(tmp_path), b"new") as work:
+                        files.put(path, work)
         except OSError as error:
             assert error.errno == number
         else:
@@ -113,7 +118,63 @@ def test_a_failure_at_any_step_leaves_old_or_new_and_nothing_else(tmp_path: Path
         assert [name for name in names(folder) if name.startswith(".")] == [] or work_left
         seen = path.read_bytes() if path.exists() else None
         assert seen in ((None, b"new") if act == "create" else (b"old", b"new"))
-    assert steps > 5
+    assert steps > (5 if act != "put a work file" else 4)
+
+
+def written(file: BinaryIO, content: bytes) -> BinaryIO:
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+def test_a_work_file_gets_the_name_instead_of_being_copied(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    (tmp_path / "a").write_bytes(b"old")
+    with written(files.work_file(tmp_path), b"new") as work:
+        inode = os.fstat(work.fileno()).st_ino
+        files.put(tmp_path / "a", work)
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert (tmp_path / "a").stat().st_ino == inode
+    assert files.calls == ["fsync", "link_open", "rename", "fsync"], "the content is on the disk before the name"
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_cannot_get_the_name_is_copied(tmp_path: Path) -> None:
+    class NoLinks(FaultyFiles):
+        def _link_open(self, fd: int, target: Path) -> None:
+            raise OSError(errno.EXDEV, "another file system")
+
+    with written(NoLinks().work_file(tmp_path), b"0123456789") as work:
+        NoLinks().put(tmp_path / "a", work)
+        work.seek(4)
+        NoLinks().put(tmp_path / "b", work)
+        Files().put(tmp_path / "c", work)
+    found = [(tmp_path / name).read_bytes() for name in ("a", "b", "c")]
+    assert found == [b"0123456789", b"456789", b""], "from where it stands"
+    assert names(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_sweep_leaves_a_work_file_that_is_about_to_get_its_name(tmp_path: Path) -> None:
+    class Sweeping(Files):
+        def _rename(self, source: Path, target: Path) -> None:
+            Files().sweep(tmp_path)
+            super()._rename(source, target)
+
+    with written(Files().work_file(tmp_path), b"new") as work:
+        Sweeping().put(tmp_path / "a", work)
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_control_without_the_lock_the_sweep_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sweeping(Files):
+        def _rename(self, source: Path, target: Path) -> None:
+            monkeypatch.undo()
+            Files().sweep(tmp_path)
+            super()._rename(source, target)
+
+    monkeypatch.setattr("penstock.files.fcntl.flock", lambda fd, operation: None)
+    with written(Files().work_file(tmp_path), b"new") as work, pytest.raises(FileNotFoundError):
+        Sweeping().put(tmp_path / "a", work)
 
 
 def test_control_writing_in_place_leaves_half_a_file(tmp_path: Path) -> None:

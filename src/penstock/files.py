@@ -130,8 +130,11 @@ class Files:
         self.put(path, io.BytesIO(body))
 
     def put(self, path: Path, source: BinaryIO) -> None:
-        """`replace` from a stream, from where it stands to its end."""
-        with self._written(path.parent, source) as work:
+        """`replace` from a stream, from where it stands to its end.
+
+        A `work_file` of the same file system is not copied: it gets the name, and must not be written again.
+        """
+        with self._named(path.parent, source) or self._written(path.parent, source) as work:
             try:
                 self._rename(work, path)
             except BaseException:
@@ -220,8 +223,12 @@ class Files:
         return found.f_bavail * found.f_frsize
 
     def work_file(self, folder: Path) -> BinaryIO:
-        """A file without a name in `folder`: gone when it is closed, or with the process."""
-        return cast(BinaryIO, tempfile.TemporaryFile(buffering=WORK_BUFFER_BYTES, prefix=".", dir=folder))
+        """A file without a name in `folder`: gone when it is closed, or with the process, unless `put` gives it one."""
+        try:
+            fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        except (AttributeError, OSError):  # not every system and file system can
+            return cast(BinaryIO, tempfile.TemporaryFile(buffering=WORK_BUFFER_BYTES, prefix=".", dir=folder))
+        return os.fdopen(fd, "r+b", buffering=WORK_BUFFER_BYTES)
 
     def sweep(self, folder: Path) -> None:
         """Delete the work files in `folder` whose writers have died: a writer holds a lock on its file while it writes."""
@@ -259,6 +266,24 @@ class Files:
             yield work
         finally:
             os.close(fd)
+
+    def _named(self, folder: Path, source: BinaryIO) -> contextlib.AbstractContextManager[Path] | None:
+        """The same as `_written` without copying, or None where that cannot be: `source` is no nameless file, or of another system."""
+        try:
+            fd, nothing_read = source.fileno(), source.tell() == 0
+        except (OSError, ValueError, AttributeError):
+            return None
+        if os.fstat(fd).st_nlink or not nothing_read:
+            return None
+        source.flush()
+        self._fsync(fd)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        work = folder / f".{secrets.token_hex(8)}"
+        try:
+            self._link_open(fd, work)
+        except OSError:
+            return None
+        return contextlib.nullcontext(work)
 
     def _locked_work(self, folder: Path) -> tuple[Path, int]:
         while True:
@@ -301,6 +326,14 @@ class Files:
 
     def _link(self, source: Path, target: Path) -> None:
         os.link(source, target)
+
+    def _link_open(self, fd: int, target: Path) -> None:
+        # Named through a folder's descriptor, since only then Python follows the link that the file of a descriptor is (linkat(2)).
+        folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(str(fd), target, src_dir_fd=folder, follow_symlinks=True)
+        finally:
+            os.close(folder)
 
     def _rename(self, source: Path, target: Path) -> None:
         source.replace(target)

@@ -252,7 +252,7 @@ class FaultyBlobs:
 class FaultyFiles(Files):
     """Files of which the n-th system call (from 1) raises OSError with a given errno, once; and short writes.
 
-    `calls` names what was called: `open_new`, `write`, `fsync`, `link`, `rename`, `unlink`, `mkdir`, `flock`. A write that
+    `calls` names what was called: `open_new`, `write`, `fsync`, `link`, `link_open`, `rename`, `unlink`, `mkdir`, `flock`. A write that
     fails has written half of its bytes, as when a disk fills up.
     """
 
@@ -260,7 +260,7 @@ class FaultyFiles(Files):
         self.calls: list[str] = []
         self._failing = failing or {}
         self._write_bytes_max = write_bytes_max
-        for name in ("open_new", "fsync", "link", "rename", "unlink", "mkdir", "flock"):
+        for name in ("open_new", "fsync", "link", "link_open", "rename", "unlink", "mkdir", "flock"):
             setattr(self, f"_{name}", functools.partial(self._call, name, getattr(self, f"_{name}")))
 
     def _write(self, fd: int, body: memoryview) -> int:

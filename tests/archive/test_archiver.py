@@ -389,7 +389,7 @@ def test_a_lease_begins_where_the_ledger_ends(rig: Rig) -> None:
 def test_a_listing_that_hides_names_changes_nothing(rig: Rig, shown: int) -> None:
     three_hours(rig)
     rig.run()
-    listed = [blob.name for blob in rig.store.list("_ledger/0/")][:shown]
+    listed = [*rig.store.list("_ledger/0/")][:shown]
     rig.store.list = lambda prefix: iter(listed)
     assert start(rig.store, rig.hub, 0)[:2] == ("90", 90)
     rig.put(1)

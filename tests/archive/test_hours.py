@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from penstock.archive.hours import HourKeeper, Manifest, checkpoint, refuse_older
+from penstock.blobs import Listed
 from penstock.errors import ArchiveError, SettingsError
 from penstock.processor.lease import Lease, encode_lease, lease_name
 
@@ -98,7 +99,11 @@ def test_a_stale_listing_never_makes_a_wrong_manifest(
         rig.close_hour()
     run_all(rig)
     with monkeypatch.context() as patched:
-        patched.setattr(rig.store, "list", lambda prefix: (name for name in shown if name.startswith(prefix)))
+        patched.setattr(
+            rig.store,
+            "list",
+            lambda prefix: (Listed(name, 0, "") for name in shown if name.startswith(prefix)),
+        )
         assert len(keeper(rig).publish()) == 3
     rig.check()
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from penstock.archive.ledger import HUB_BLOB, Ledger, Record, claim, owner, record_name
+from penstock.blobs import Listed
 from penstock.errors import ArchiveError, SettingsError
 from penstock.testing import MemoryBlobs, MemoryHub
 
@@ -80,7 +81,7 @@ def test_before_walks_when_the_listing_is_stale(monkeypatch: pytest.MonkeyPatch)
     for first in range(10):
         ledger.create(record(first, first + 1))
     for shown in ([], [record_name(3, 4)], [record_name(3, 4), "_ledger/3/x.json"]):
-        monkeypatch.setattr(store, "list", lambda prefix, shown=shown: iter(shown))
+        monkeypatch.setattr(store, "list", lambda prefix, shown=shown: (Listed(name, 0, "") for name in shown))
         found = ledger.before(10)
         assert found is not None
         assert found.first == 9

@@ -339,7 +339,7 @@ def test_of_two_hosts_with_one_name_the_loser_ends(one: World) -> None:
     a, twin = one.member("a"), one.member("a")
     a.round()
     twin.round()
-    a.round()
+    one.pass_time(LEASE_S / 3, a)
     assert isinstance(a.host.error, LostRace)
     assert "another host named 'a'" in str(a.host.error)
     assert twin.host.error is None
@@ -352,8 +352,7 @@ def test_a_lost_answer_is_not_taken_for_a_twin(one: World) -> None:
     a.host._store = FaultyBlobs(one.store, lambda _operation, _name: faults.pop(0) if faults else None)
     a.round()
     faults.append(Fault.DONE)
-    a.round()
-    a.round()
+    one.pass_time(2 * LEASE_S / 3, a)
     assert a.host.error is None
     until(lambda: 0 not in a.host._leaving or a.host._leaving[0].ended.is_set())
     a.round()
@@ -461,10 +460,11 @@ def test_a_deleted_lease_is_lost_and_claimed_anew(one: World) -> None:
     a.round()
     until(lambda: one.lease().sequence_number == 3)
     one.store.delete("_leases/g/0.json")
-    a.round()
+    one.pass_time(LEASE_S / 3, a)
     until(lambda: a.host._leaving[0].ended.is_set())
     a.round()
     assert a.partitions() == [0]
+    assert one.lease().epoch == 2, "an epoch that was seen never comes again"
     until(lambda: a.seen[0] == [1, 2, 1, 2])
 
 

@@ -7,9 +7,9 @@ import pytest
 from penstock.blobs import BlobStore
 from penstock.errors import BlobNotFound, LostRace, StoreError, StoreUnavailable
 from penstock.processor.lease import (
-    Start,
     Holding,
     Lease,
+    Start,
     Writer,
     claim,
     decode_lease,

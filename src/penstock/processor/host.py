@@ -74,7 +74,7 @@ class EventProcessorHost:
         self._pumps: dict[int, Pump] = {}
         self._leaving: dict[int, Pump] = {}
         self._cool_until: dict[int, float] = {}
-        self._troubles: dict[int | None, str] = {}
+        self._troubles: set[tuple[int | None, str]] = set()
         self._epochs: dict[int, int] = {}
         self._watch = Watch(
             store,
@@ -161,7 +161,7 @@ class EventProcessorHost:
         except StoreError as error:
             self._trouble(None, "leases not listed", error)
             return
-        self._well(None)
+        self._well(None, "leases not listed")
         for partition in touched:
             self._renew(self._pumps[partition])
         for partition in self._chosen():
@@ -178,10 +178,10 @@ class EventProcessorHost:
         assert seen is not None, "only what somebody has is stolen"
         victim = seen.lease.owner
         self._watch.confirm(victim)
-        chosen = self._plan()
-        seen = None if chosen.steal is None else self._watch.seen(chosen.steal)
-        # Another victim now: what it is thought to have is not confirmed, the next round will do it.
-        return () if seen is None or seen.lease.owner != victim else (chosen.steal,)
+        stolen = self._plan().steal
+        seen = None if stolen is None else self._watch.seen(stolen)
+        # Of another victim now: what that one is thought to have is not confirmed, the next round will do it.
+        return () if stolen is None or seen is None or seen.lease.owner != victim else (stolen,)
 
     def _plan(self) -> Plan:
         return plan([self._view(partition) for partition in range(self._hub.partitions())], self.name)
@@ -217,7 +217,7 @@ class EventProcessorHost:
         except StoreUnavailable as error:
             self._trouble(pump.partition, "lease not renewed", error)
         else:
-            self._well(pump.partition)
+            self._well(pump.partition, "lease not renewed")
 
     def _lost(self, pump: Pump) -> None:
         doubt = pump.holding.in_doubt(self._lease_s)
@@ -285,6 +285,7 @@ class EventProcessorHost:
             return
         lease = holding.lease
         self._epochs[partition] = lease.epoch
+        self._troubles.discard((partition, "lease not taken"))
         self._log.info(
             "lease taken",
             partition=partition,
@@ -336,15 +337,16 @@ class EventProcessorHost:
 
     def _not_read(self, partition: int, error: StoreError | None) -> None:
         if error is None:
-            self._well(partition)
+            self._well(partition, "lease not read")
         else:
             self._trouble(partition, "lease not read", error)
 
     def _trouble(self, partition: int | None, sentence: str, error: PenstockError) -> None:
-        if self._troubles.get(partition) != sentence:
-            self._troubles[partition] = sentence
+        if (partition, sentence) not in self._troubles:
+            self._troubles.add((partition, sentence))
             self._log.warning(sentence, partition=partition, error=str(error))
 
-    def _well(self, partition: int | None) -> None:
-        if self._troubles.pop(partition, None):
+    def _well(self, partition: int | None, sentence: str) -> None:
+        if (partition, sentence) in self._troubles:
+            self._troubles.remove((partition, sentence))
             self._log.info("lease reached again", partition=partition)

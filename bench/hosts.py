@@ -1,0 +1,154 @@
+"""`python -m bench.hosts`: processor hosts as processes: how soon another takes over, and how fast a backlog is archived."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from rich.console import Console
+
+from bench.codec import gzip_bodies
+from bench.report import Target, target, targets_table
+from bench.run import Work, measure, plan_of
+from bench.system import BenchError, System, cpu_s, environment
+from penstock.archive.hours import ARCHIVE_GROUP
+from penstock.blobs.disk import DiskBlobs
+from penstock.files import Files
+from penstock.processor.lease import Lease, read_leases
+
+PARTITIONS: Final = 16
+BEYOND_LEASE_S_MOST: Final = 2.0
+HAND_OVER_S_MOST: Final = 2.0
+CATCH_UP_LEAST: Final = 10.0
+_WITHIN_S: Final = 120.0
+_POLL_S: Final = 0.02
+
+
+class Host:
+    """One `penstock host` on the data of a system."""
+
+    def __init__(self, system: System, name: str, lease_s: float) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [*system.words("host"), "--name", name, "--lease", f"{lease_s:g}s"],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def end(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+        self.process.wait(_WITHIN_S)
+
+
+class Leases:
+    """The leases of the archive in a system's store, read as often as one likes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._store = DiskBlobs(folder / "data" / "store", Files())
+
+    def __call__(self) -> list[Lease | None]:
+        return read_leases(self._store, ARCHIVE_GROUP, range(PARTITIONS))
+
+    def counts(self, hosts: Sequence[Host]) -> list[int]:
+        owners = [lease.owner if lease else "" for lease in self()]
+        return [owners.count(host.name) for host in hosts]
+
+    def await_even(self, hosts: Sequence[Host]) -> None:
+        def even() -> bool:
+            counts = self.counts(hosts)
+            return sum(counts) == PARTITIONS and max(counts) - min(counts) <= 1
+
+        _await("the hosts are even", even)
+
+
+def _await(what: str, condition: Callable[[], bool]) -> float:
+    """Seconds that it took."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > _WITHIN_S:
+            raise BenchError(f"not within {_WITHIN_S:g} s: {what}")
+        time.sleep(_POLL_S)
+    return time.monotonic() - began
+
+
+def take_over(folder: Path, lease_s: float) -> tuple[float, float]:
+    """Seconds until others have all partitions of a host that was killed, and of one that was asked to end."""
+    with System(folder, ["--archive", "none", "--partitions", str(PARTITIONS)]) as system:
+        leases = Leases(folder)
+        hosts = [Host(system, f"host-{number}", lease_s) for number in range(4)]
+        try:
+            leases.await_even(hosts)
+            asked = hosts.pop()
+            asked.process.send_signal(signal.SIGTERM)
+            hand_over_s = _await("given back and taken", lambda: sum(leases.counts(hosts)) == PARTITIONS)
+            asked.process.wait(_WITHIN_S)
+            leases.await_even(hosts)
+            hosts.pop().end(signal.SIGKILL)
+            take_over_s = _await("taken over", lambda: sum(leases.counts(hosts)) == PARTITIONS)
+            return take_over_s, hand_over_s
+        finally:
+            for host in hosts:
+                host.end(signal.SIGKILL)
+
+
+def catch_up(folder: Path, bodies: Path, seconds: float) -> tuple[float, float, float]:
+    """Events/s taken in at full load without an archiver, and then archived by one host: by wall time and by its CPU time."""
+    with System(folder, ["--archive", "none", "--partitions", str(PARTITIONS)]) as system:
+        work = Work("catch up", bodies, 1000, 16, zipped=True, numbered=True)
+        window = measure(system, plan_of(work, system, warm_up_s=1, seconds=seconds, producer="load"))
+        ingest = window.result.accepted_in_window / window.result.seconds
+        host = Host(system, "host", 30.0)
+        try:
+            leases = Leases(folder)
+            _await("the host has taken all", lambda: leases.counts([host]) == [PARTITIONS])
+            began = time.monotonic()
+            if system.command("flush"):
+                raise BenchError("the backlog was not archived")
+            took_s = time.monotonic() - began
+            used_s = cpu_s([host.process.pid])[host.process.pid]
+            archived = system.status().totals.archived
+            return ingest, archived / took_s, archived / used_s
+        finally:
+            host.end(signal.SIGTERM)
+
+
+def targets(folder: Path, *, lease_s: float, seconds: float, out: Console) -> Iterator[Target]:
+    after_kill_s, hand_over_s = take_over(folder / "take-over", lease_s)
+    out.print(
+        f"lease time {lease_s:g} s: taken over {after_kill_s:.2f} s after a kill, {hand_over_s:.2f} s after SIGTERM"
+    )
+    yield target("take-over after a kill, beyond the lease time", after_kill_s - lease_s, BEYOND_LEASE_S_MOST, "s")
+    yield target("hand-over on a clean stop", hand_over_s, HAND_OVER_S_MOST, "s")
+    path = folder / "bodies"
+    path.write_bytes(msgspec.msgpack.encode(gzip_bodies(200, events=1000, devices=5000, seed=1)))
+    ingest, wall, cpu = catch_up(folder / "catch-up", path, seconds)
+    out.print(
+        f"taken in {ingest:,.0f} events/s; archived {wall:,.0f} events/s, {cpu:,.0f} for each CPU second of the host"
+    )
+    yield target("catch-up: archived ÷ taken in, events/s", wall / ingest, CATCH_UP_LEAST, "×", at_least=True)
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.hosts", description="Take-over and catch-up of processor hosts."
+    )
+    parser.add_argument("--lease", type=float, default=30.0, help="lease time in seconds (30)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="load that makes the backlog (10)")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
+    given = parser.parse_args(words)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    out.print(targets_table([*targets(given.folder, lease_s=given.lease, seconds=given.seconds, out=out)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,229 @@
+"""What is read and what is not, and when a lease is called expired."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from penstock.blobs import BlobStore, Listed
+from penstock.errors import StoreError, StoreUnavailable
+from penstock.processor.lease import Holding, Start, Writer, claim, lease_name, take_over
+from penstock.processor.watch import LOOKS, Watch
+from penstock.testing import FakeClock, FaultyBlobs, MemoryBlobs
+
+LEASE_S = 30.0
+PARTITIONS = 8
+
+
+class World:
+    """Leases of other hosts in a store that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.store = MemoryBlobs()
+        self.asked: Counter[str] = Counter()
+        self.troubles: list[tuple[int, str]] = []
+        self.counting = FaultyBlobs(self.store, lambda operation, _name: self.asked.update((operation,)))
+        self.watch = self.watching(self.counting)
+        self.writers: dict[str, Writer] = {}
+        self.holdings: dict[int, Holding] = {}
+
+    def watching(self, store: BlobStore) -> Watch:
+        def trouble(partition: int, error: StoreError | None) -> None:
+            if error is not None:
+                self.troubles.append((partition, str(error)))
+
+        return Watch(store, "g", PARTITIONS, me="me", clock=self.clock, lease_s=LEASE_S, trouble=trouble)
+
+    def give(self, partition: int, owner: str) -> None:
+        writer = self.writers.setdefault(owner, Writer(owner, f"{owner}-i"))
+        found = self.watch.seen(partition)
+        if partition not in self.holdings:
+            self.holdings[partition] = claim(self.store, self.clock, "g", partition, writer, start=Start("0", 0))
+            return
+        blob = self.store.get(lease_name("g", partition))
+        assert found is not None
+        self.holdings[partition] = take_over(
+            self.store, self.clock, "g", self.holdings[partition].lease, blob.etag, writer
+        )
+
+    def pass_time(self, seconds: float, *, living: bool = True, watch: Watch | None = None) -> None:
+        """Looks, and the renewals of those that live, three in a lease time."""
+        for turn in range(round(seconds / (LEASE_S / LOOKS))):
+            self.clock.advance(LEASE_S / LOOKS)
+            for partition, holding in self.holdings.items():
+                if living and holding.held and (turn + partition) % (LOOKS // 3) == 0:
+                    holding.renew()
+            (watch or self.watch).look({})
+
+    def owner(self, partition: int) -> str | None:
+        seen = self.watch.seen(partition)
+        return None if seen is None else seen.lease.owner
+
+
+@pytest.fixture
+def world() -> World:
+    world = World()
+    for partition in range(PARTITIONS):
+        world.give(partition, f"host-{partition % 2}")
+    world.watch.look({})
+    return world
+
+
+def test_a_quiet_group_costs_one_listing_a_look(world: World) -> None:
+    assert world.asked == {"list": 1, "get": PARTITIONS}
+    world.asked.clear()
+    world.pass_time(4 * LEASE_S)
+    assert world.asked["list"] == 4 * LOOKS
+    # Its token's counter got a second digit: a lease that changed its length is read.
+    assert world.asked["get"] <= PARTITIONS
+    assert not any(world.watch.expired(partition) for partition in range(PARTITIONS))
+
+
+def test_what_was_given_back_is_seen_at_the_next_look(world: World) -> None:
+    world.pass_time(LEASE_S)
+    world.holdings[3].release()
+    world.watch.look({})
+    assert world.owner(3) == ""
+
+
+def test_a_lease_expires_after_the_lease_time_and_not_before(world: World) -> None:
+    world.pass_time(LEASE_S / 2)
+    for holding in world.holdings.values():
+        holding.renew()
+    world.watch.look({})
+    silent_since = world.clock.monotonic()
+    del world.holdings[3]
+    assert world.watch.expires_in() == LEASE_S
+    world.pass_time(LEASE_S - LEASE_S / LOOKS)
+    assert not world.watch.expired(3)
+    world.clock.advance(world.watch.expires_in())
+    assert world.clock.monotonic() == silent_since + LEASE_S, "it says when to look"
+    world.watch.look({})
+    assert [partition for partition in range(PARTITIONS) if world.watch.expired(partition)] == [3]
+
+
+def test_who_takes_over_after_a_silence_is_noticed(world: World) -> None:
+    del world.holdings[3]
+    world.pass_time(LEASE_S * 0.9)
+    blob = world.store.get(lease_name("g", 3))
+    seen = world.watch.seen(3)
+    assert seen is not None
+    world.holdings[3] = take_over(world.store, world.clock, "g", seen.lease, blob.etag, Writer("host-9", "i"))
+    world.watch.look({})
+    assert world.owner(3) == "host-9", "of the same length as the name before"
+
+
+def test_what_the_victim_is_thought_to_have_is_read_before_stealing(world: World) -> None:
+    world.pass_time(LEASE_S)
+    world.give(1, "host-0")  # a take-over from a living host: not seen by others
+    world.pass_time(LEASE_S / 2)
+    assert world.owner(1) == "host-1"
+    world.asked.clear()
+    world.watch.confirm("host-1")
+    assert world.owner(1) == "host-0"
+    assert 0 < world.asked["get"] <= PARTITIONS / 2
+
+
+def test_in_the_end_every_lease_is_read(world: World) -> None:
+    world.pass_time(LEASE_S)
+    world.give(1, "host-0")
+    world.pass_time(33 * LEASE_S)
+    assert world.owner(1) == "host-0"
+
+
+def test_a_deleted_lease_is_seen_as_none(world: World) -> None:
+    world.holdings.pop(2)
+    world.store.delete(lease_name("g", 2))
+    world.watch.look({})
+    assert world.watch.seen(2) is None
+    assert world.watch.known(2)
+
+
+def test_an_unreadable_lease_is_not_known(world: World) -> None:
+    blob = world.store.get(lease_name("g", 2))
+    world.holdings.pop(2)
+    world.store.replace(lease_name("g", 2), b"rubbish", etag=blob.etag, id="rubbish")
+    world.watch.look({})
+    assert not world.watch.known(2)
+    assert [partition for partition, _ in world.troubles] == [2]
+
+
+def test_what_another_wrote_of_ones_own_is_noticed(world: World) -> None:
+    mine = world.holdings[5]
+    assert list(world.watch.look({5: mine.lease.token})) == []
+    mine.renew()
+    assert list(world.watch.look({5: mine.lease.token})) == [], "it was its own write"
+    blob = world.store.get(lease_name("g", 5))
+    take_over(world.store, world.clock, "g", mine.lease, blob.etag, Writer("thief", "t"))
+    assert list(world.watch.look({5: mine.lease.token})) == [5]
+
+
+def test_no_listing_is_an_error_and_nothing_is_taken_for_expired(world: World) -> None:
+    world.pass_time(LEASE_S / 2)
+
+    def fail(_prefix: str) -> Iterator[Listed]:
+        raise StoreUnavailable("no", blob="")
+
+    world.counting.list = fail  # type: ignore[method-assign]
+    world.clock.advance(2 * LEASE_S)
+    with pytest.raises(StoreUnavailable):
+        world.watch.look({})
+    assert not any(world.watch.expired(partition) for partition in range(PARTITIONS))
+
+
+class Stale:
+    """A store whose listings are up to `behind` listings old, or hide names, as the seed says."""
+
+    def __init__(self, store: MemoryBlobs, source: random.Random, behind: int) -> None:
+        self._store = store
+        self._random = source
+        self._behind = behind
+        self._past: list[list[Listed]] = []
+        self.get = store.get
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        self._past = [*self._past[-self._behind :], [*self._store.list(prefix)]]
+        found = self._random.choice(self._past)
+        return iter([blob for blob in found if self._random.random() < 0.9])
+
+
+def early(seed: int) -> list[int]:
+    """Partitions that a watch of stale listings calls expired within the lease time after their last renewal."""
+    world = World()
+    for partition in range(PARTITIONS):
+        world.give(partition, f"host-{partition % 2}")
+    source = random.Random(seed)
+    watch = world.watching(Stale(world.store, source, behind=12))  # type: ignore[arg-type]
+    found: list[int] = []
+    for _ in range(10 * LOOKS):
+        world.clock.advance(LEASE_S / LOOKS)
+        for holding in world.holdings.values():
+            if source.random() < 0.08:
+                holding.renew()
+        watch.look({})
+        found += [
+            partition
+            for partition, holding in world.holdings.items()
+            if watch.expired(partition) and holding.age_s() < LEASE_S
+        ]
+    return found
+
+
+def test_listings_that_are_old_or_partial_never_expire_a_lease_too_early() -> None:
+    assert [early(seed) for seed in range(150)] == [[]] * 150
+
+
+def test_control_a_watch_that_believes_its_listings_expires_them_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    def believes(watch: Watch, partition: int) -> None:
+        seen = watch._seen.get(partition)
+        read(watch, partition)
+        if seen is not None and watch._clock.monotonic() - seen.since >= LEASE_S:
+            watch._expired.add(partition)
+
+    read = Watch._read
+    monkeypatch.setattr(Watch, "_read", believes)
+    assert any(early(seed) for seed in range(150))
