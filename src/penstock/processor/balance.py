@@ -4,8 +4,8 @@ Free partitions are taken all at once, so that none waits. Then hosts even out: 
 takes one partition from the host that has the most, if that has at least two more than itself. Each such move makes the
 sum of the squares of the counts smaller, so it ends, and where it ends no two hosts differ by more than one.
 
-Every host begins its choice at a place of its own (from its name). Hosts that start together then meet half-way instead of
-racing for the same partitions, and hosts that steal from the same one seldom want the same partition.
+Every host begins its choice at a place of its own (from its name), and prefers other victims among equals. Hosts that start
+together then meet half-way instead of racing for the same partitions, and seldom want to steal the same one.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def plan(leases: Sequence[View], me: str) -> Plan:
     if claim:
         return Plan(claim=claim)
     counts = Counter(view.owner for view in turned if view.owner is not None)
-    # The name decides between equals, so that the plan depends on nothing but what was seen.
-    most = max(counts, key=lambda owner: (counts[owner], owner), default=me)
+    # Between equals the names decide: nothing but what was seen, and for another host another choice.
+    most = max(counts, key=lambda owner: (counts[owner], zlib.crc32(f"{me} {owner}".encode())), default=me)
     if counts[most] < counts[me] + 2:
         return Plan()
     return Plan(steal=next(view.partition for view in turned if view.owner == most))

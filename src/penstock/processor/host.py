@@ -171,17 +171,17 @@ class EventProcessorHost:
 
     def _chosen(self) -> Sequence[int]:
         """The partitions to take in this round."""
-        chosen = self._plan()
-        if chosen.steal is None:
-            return chosen.claim
-        seen = self._watch.seen(chosen.steal)
-        assert seen is not None, "only what somebody has is stolen"
-        victim = seen.lease.owner
-        self._watch.confirm(victim)
-        stolen = self._plan().steal
-        seen = None if stolen is None else self._watch.seen(stolen)
-        # Of another victim now: what that one is thought to have is not confirmed, the next round will do it.
-        return () if stolen is None or seen is None or seen.lease.owner != victim else (stolen,)
+        confirmed: set[str] = set()
+        while True:
+            chosen = self._plan()
+            if chosen.steal is None:
+                return chosen.claim
+            seen = self._watch.seen(chosen.steal)
+            assert seen is not None, "only what somebody has is stolen"
+            if seen.lease.owner in confirmed:
+                return (chosen.steal,)
+            self._watch.confirm(seen.lease.owner)
+            confirmed.add(seen.lease.owner)
 
     def _plan(self) -> Plan:
         return plan([self._view(partition) for partition in range(self._hub.partitions())], self.name)

@@ -123,7 +123,8 @@ class Writer:
         self._counter = itertools.count(1)
 
     def token(self) -> str:
-        return f"{self.instance}-{next(self._counter)}"
+        # Always of one length: who looks at a listing reads a lease that changed its own.
+        return f"{self.instance}-{next(self._counter):010}"
 
 
 class Holding:
