@@ -144,9 +144,10 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="load that makes the backlog (10)")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     given = parser.parse_args(words)
-    given.folder.mkdir(parents=True, exist_ok=True)
+    folder = given.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     out = Console(width=None if sys.stdout.isatty() else 160)
-    out.print(targets_table([*targets(given.folder, lease_s=given.lease, seconds=given.seconds, out=out)]))
+    out.print(targets_table([*targets(folder, lease_s=given.lease, seconds=given.seconds, out=out)]))
     return 0
 
 

@@ -37,12 +37,21 @@ def taken(store: BlobStore, clock: FakeClock, owner: str, instance: str = "j") -
 
 
 def test_the_record_has_exactly_six_keys() -> None:
-    lease = Lease(0, "host-name", "i-0000000001", 2, "998", 998)
-    assert encode_lease(lease) == (
-        b'{"PartitionId": 0, "Owner": "host-name", "Token": "i-0000000001", "Epoch": 2, "Offset": "998", "SequenceNumber": 998}'
+    lease = Lease(0, "host-name", "i-1", 2, "998", 998)
+    assert encode_lease(lease).rstrip(b" ") == (
+        b'{"PartitionId": 0, "Owner": "host-name", "Token": "i-1", "Epoch": 2, "Offset": "998", "SequenceNumber": 998}'
     )
     assert decode_lease(encode_lease(lease), 0) == lease
     assert lease.instance == "i"
+
+
+def test_the_length_tells_epoch_and_giving_back_and_nothing_else() -> None:
+    def length(owner: str, epoch: int, number: int = 0) -> int:
+        return len(encode_lease(Lease(1023, owner, f"{'i' * 16}-{10 ** (epoch % 10)}", epoch, str(number), number)))
+
+    assert length("a", 1) == length("another", 1, 2**63) == length("x" * 64, 65)
+    epochs = [length(owner, epoch) for epoch in range(1, 65) for owner in ("a", "")]
+    assert len(set(epochs)) == 128, "neither the next owner's nor that of a lease that was given back meanwhile"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +67,7 @@ def test_the_record_has_exactly_six_keys() -> None:
     ],
 )
 def test_an_unreadable_record_says_so(change: dict[str, object]) -> None:
-    record = json.loads(encode_lease(Lease(0, "a", "i-0000000001", 2, "998", 998)))
+    record = json.loads(encode_lease(Lease(0, "a", "i-1", 2, "998", 998)))
     with pytest.raises(StoreError, match="lease unreadable"):
         decode_lease(json.dumps(record | change).encode(), 0)
 
@@ -72,18 +81,18 @@ def test_bytes_that_are_no_record(body: bytes) -> None:
 def test_the_life_of_a_lease() -> None:
     store, clock = MemoryBlobs(), FakeClock()
     holding = claimed(store, clock)
-    assert stored(store) == holding.lease == Lease(3, "a", "i-0000000001", 1, "7", 7)
+    assert stored(store) == holding.lease == Lease(3, "a", "i-1", 1, "7", 7)
     holding.renew()
-    assert stored(store) == Lease(3, "a", "i-0000000002", 1, "7", 7)
+    assert stored(store) == Lease(3, "a", "i-2", 1, "7", 7)
     holding.checkpoint("9", 9)
-    assert stored(store) == Lease(3, "a", "i-0000000003", 1, "9", 9)
+    assert stored(store) == Lease(3, "a", "i-3", 1, "9", 9)
     holding.release()
-    assert stored(store) == Lease(3, "", "i-0000000004", 1, "9", 9)
+    assert stored(store) == Lease(3, "", "i-4", 1, "9", 9)
     assert not holding.held
     assert not holding.lost
     with pytest.raises(LostRace):
         holding.checkpoint("10", 10)
-    assert taken(store, clock, "b").lease == stored(store) == Lease(3, "b", "j-0000000001", 2, "9", 9)
+    assert taken(store, clock, "b").lease == stored(store) == Lease(3, "b", "j-1", 2, "9", 9)
 
 
 def test_the_first_claim_is_create_only() -> None:
@@ -125,7 +134,7 @@ def test_who_lost_it_never_writes_again(act: str) -> None:
         zombie.checkpoint("101", 101)
     assert store.get(NAME) == before
     owner.checkpoint("8", 8)
-    assert stored(store) == Lease(3, "b", "j-0000000002", 2, "8", 8)
+    assert stored(store) == Lease(3, "b", "j-2", 2, "8", 8)
 
 
 class FreshEtag(Holding):

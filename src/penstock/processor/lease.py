@@ -31,6 +31,8 @@ _KEYS = {
     "offset": "Offset",
     "sequence_number": "SequenceNumber",
 }
+_BYTES = 384
+_EPOCHS = 64
 
 
 class Lease(msgspec.Struct, frozen=True, rename=_KEYS, forbid_unknown_fields=True):
@@ -60,8 +62,12 @@ def lease_name(group: str, partition: int) -> str:
 
 
 def encode_lease(lease: Lease) -> bytes:
-    """The bytes of the blob."""
-    return msgspec.json.format(msgspec.json.encode(lease), indent=0)
+    """The bytes of the blob, with spaces behind the record so that its length tells its epoch and whether it was given back.
+
+    A listing shows lengths: so everyone sees there that a lease has another owner, and need not read those that were only renewed.
+    """
+    length = _BYTES + lease.epoch % _EPOCHS + (0 if lease.owner else _EPOCHS)
+    return msgspec.json.format(msgspec.json.encode(lease), indent=0).ljust(length)
 
 
 def _id(lease: Lease) -> str:
@@ -123,8 +129,7 @@ class Writer:
         self._counter = itertools.count(1)
 
     def token(self) -> str:
-        # Always of one length: who looks at a listing reads a lease that changed its own.
-        return f"{self.instance}-{next(self._counter):010}"
+        return f"{self.instance}-{next(self._counter)}"
 
 
 class Holding:

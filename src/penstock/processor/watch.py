@@ -1,16 +1,14 @@
 """What a host sees of its group's leases: one listing a look, and a read only where a listing says too little.
 
-A listing has a mark of each lease that changes with every write. So it shows who lives (the mark changed), and a lease is read only
+A listing has a mark of each lease that changes with every write, and its length, which tells its epoch and whether it was given
+back (`encode_lease`). So it shows who lives (the mark changed) and who lost it (the length changed), and a lease is read only
 
 - when it is new, or hidden by the listing;
-- when it may have another owner: it changed its length (given back, taken from there), or changed after a silence so long that its
-  owner will have been replaced;
-- when it may be free: its mark did not change for the lease time. It has expired if the read then finds the write that the mark
-  was of; so an old listing never makes a living host look dead, and times of different clocks are never compared.
+- when its length changed: it was taken or given back, and only the record says by whom;
+- when its mark did not change for the lease time. It has expired if the read then finds the very write that the mark was of; so
+  an old listing never makes a living host look dead, and times of different clocks are never compared.
 
-A plain take-over from a living host is not noticed so. That cannot hide an imbalance: who steals had at least two fewer than the
-one it steals from, so what is believed of the fullest host is never less than the truth. Before a host steals it reads
-everything that its victim is thought to have (`confirm`), and a few leases are read at each look whatever their marks say.
+What was only renewed is read before it is stolen (`confirm`): the etag is needed then, and others may be stealing too.
 """
 
 from __future__ import annotations
@@ -27,9 +25,6 @@ from penstock.processor.lease import Lease, decode_lease, lease_name, leases_pre
 
 LOOKS: Final = 20
 """Looks in a lease time: a lease that expires or is given back is seen within a twentieth of it."""
-
-_READ_ANYWAY: Final = 32 * LOOKS
-"""A lease is read at least once in so many looks, whatever its mark says."""
 
 
 class Seen(msgspec.Struct):
@@ -70,7 +65,6 @@ class Watch:
         self._seen: dict[int, Seen] = {}
         self._expired: set[int] = set()
         self._unknown: set[int] = set()
-        self._looks = 0
         self._own: dict[int, tuple[str, str]] = {}
 
     def look(self, own: Mapping[int, str]) -> Sequence[int]:
@@ -81,7 +75,6 @@ class Watch:
         asked_at = self._clock.monotonic()
         listed = self._listed()
         told_at = self._clock.monotonic()
-        self._looks += 1
         self._expired.clear()
         self._unknown.clear()
         for partition in range(self._partitions):
@@ -136,12 +129,11 @@ class Watch:
         if seen is None or listed is None:
             return True
         if listed.mark != seen.mark:
-            moved = listed.size != seen.size or told_at - seen.since > self._lease_s / 2
+            changed = listed.size != seen.size
             seen.mark, seen.size, seen.since = listed.mark, listed.size, told_at
-            if moved:
+            if changed:
                 return True
-        expired = asked_at - seen.since >= self._lease_s
-        return expired or seen.lease.owner in ("", self._me) or (partition + self._looks) % _READ_ANYWAY == 0
+        return asked_at - seen.since >= self._lease_s or seen.lease.owner in ("", self._me)
 
     def _read(self, partition: int) -> None:
         asked_at = self._clock.monotonic()
