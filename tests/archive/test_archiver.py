@@ -370,6 +370,33 @@ def test_a_full_disk_is_tried_again(rig: Rig) -> None:
     rig.check()
 
 
+@pytest.mark.parametrize("width", [0, 9000])
+def test_what_an_event_holds_is_never_looked_at(rig: Rig, width: int) -> None:
+    """Case 52: it was judged when it was taken in, and nothing in it can stop an archiver."""
+    poison = [
+        b"",
+        b"\x00",
+        b"\xff\xfe",
+        b'{"deviceId":',
+        b"[" * 5000,
+        b'{"receivedAt":1e999}',
+        b"\x1f\x8b\x08" * 100,
+        b"0" * 9999,
+    ]
+    rig.hub.put(0, [event + b"x" * width for event in poison])
+    rig.close_hour()
+    rig.run()
+    assert rig.archived() == rig.logged() == [event + b"x" * width for event in poison]
+
+
+def test_a_deleted_lease_begins_behind_the_epochs_that_were(rig: Rig) -> None:
+    """Case 39: whoever claims it anew has no epoch that somebody had before."""
+    assert start(rig.store, rig.hub, 0).epoch == 1
+    three_hours(rig)
+    rig.run()
+    assert start(rig.store, rig.hub, 0).epoch == rig.records()[-1].epoch + 1
+
+
 # --- where a lease begins -----------------------------------------------------------------------------------------------
 
 

@@ -432,13 +432,14 @@ def test_an_idle_partition_is_not_stuck(one: World) -> None:
     assert a.partitions() == [0]
 
 
-def test_unreadable_is_not_free(one: World) -> None:
-    one.store.create("_leases/g/0.json", b"rubbish", id="rubbish")
+@pytest.mark.parametrize("body", [b"rubbish", b"", b"{}", b"x" * 1_000_000, b'{"PartitionId": 0'])
+def test_unreadable_is_not_free(one: World, body: bytes) -> None:
+    one.store.create("_leases/g/0.json", body, id="rubbish")
     a = one.member("a")
     one.pass_time(4 * LEASE_S, a)
     assert a.partitions() == []
     assert a.log.count("lease not read", partition=0) == 1
-    assert one.store.get("_leases/g/0.json").body == b"rubbish"
+    assert one.store.get("_leases/g/0.json").body == body
 
 
 def test_an_outage_of_the_store_is_said_once_and_survived(one: World) -> None:
