@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from penstock.archive.hours import HourKeeper, Manifest, checkpoint, refuse_older
-from penstock.blobs import Listed
-from penstock.errors import ArchiveError, SettingsError
+from penstock.archive.hours import HourKeeper, Manifest, checkpoint, manifest, refuse_older
+from penstock.archive.ledger import Ledger, Record
+from penstock.blobs import BlobStore, Listed
+from penstock.errors import ArchiveError, SettingsError, StoreUnavailable
 from penstock.processor.lease import Lease, encode_lease, lease_name
+from penstock.testing import Fault, FaultyBlobs
+from tests.archive.conftest import Rig as make_rig
 
 Rig = Any
 
@@ -112,12 +118,20 @@ def test_a_manifest_that_is_wrong_is_named(rig: Rig) -> None:
     rig.put(1)
     rig.close_hour()
     rig.run()
+    publisher = HourKeeper(rig.hub, Hiding(rig.store, {"_hours/2026-11-22T14-00-00.json"}))
     rig.store.create("_hours/2026-11-22T14-00-00.json", b"{}", id="")
-    found = keeper(rig)
-    found._cursors = {0: 0}
     with pytest.raises(ArchiveError, match="not what the ledger says"):
-        found.publish()
+        publisher.publish()
     assert rig.verified().problems == ["_hours/2026-11-22T14-00-00.json: not what the ledger says"]
+
+
+def test_what_is_no_manifest_does_not_count_as_the_last_one(rig: Rig) -> None:
+    for name in ("_hours/zzz.json", "_hours/2026-11-22T14-00-00", "_hours/2026-11-22T99.json"):
+        rig.store.create(name, b"", id="")
+    rig.put(1)
+    rig.close_hour()
+    rig.run()
+    assert keeper(rig).publish() == ["2026-11-22T14-00-00"]
 
 
 class Meanwhile(HourKeeper):
@@ -142,6 +156,9 @@ class FollowsFirst(Meanwhile):
     def _follow(self) -> None:
         return
 
+    def _check_reached(self, done: list[int]) -> None:
+        return
+
 
 @pytest.mark.parametrize("kind", [Meanwhile, FollowsFirst])
 def test_a_manifest_has_the_file_that_is_archived_while_it_is_made(rig: Rig, kind: type[Meanwhile]) -> None:
@@ -157,6 +174,203 @@ def test_a_manifest_has_the_file_that_is_archived_while_it_is_made(rig: Rig, kin
     found = msgspec.json.decode(rig.store.get("_hours/2026-11-22T14-00-00.json").body, type=Manifest)
     assert found.events == (4 if kind is Meanwhile else 3)
     assert (rig.verified().problems == []) == (kind is Meanwhile)
+
+
+class Hiding(FaultyBlobs):
+    """A store whose listings do not show some names."""
+
+    def __init__(self, store: BlobStore, hidden: Collection[str]) -> None:
+        super().__init__(store, lambda _operation, _name: None)
+        self._hidden = hidden
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        return (blob for blob in super().list(prefix) if blob.name not in self._hidden)
+
+
+class NothingPassedOver(HourKeeper):
+    """Takes records of published hours for news."""
+
+    def _resume(self) -> None:
+        super()._resume()
+        self._published = ""
+
+
+class WaitsForNobody(HourKeeper):
+    """Publishes what some partition has archived."""
+
+    def _complete(self, hour: str, done: list[int]) -> bool:
+        return any(super(WaitsForNobody, self)._complete(hour, [number] * len(done)) for number in done)
+
+
+class LedgersFirst(HourKeeper):
+    """Reads the checkpoints last: what they prove is of another moment than what was followed."""
+
+    def _checkpoints(self) -> list[int] | None:
+        if super()._checkpoints() is None:
+            return None
+        super()._follow()
+        return super()._checkpoints()
+
+    def _follow(self) -> None:
+        return
+
+    def _check_reached(self, done: list[int]) -> None:
+        return
+
+
+class TrustsListings(HourKeeper):
+    """Does not see that it began behind the beginning."""
+
+    def _check_reached(self, done: list[int]) -> None:
+        return
+
+
+def truth(rig: Rig) -> dict[str, bytes]:
+    """The manifests of all hours, from the whole ledger."""
+    hours: dict[str, list[Record]] = {}
+    for partition in range(rig.hub.partitions()):
+        ledger = Ledger(rig.store, rig.hub.id, partition)
+        for record in ledger.chain(ledger.origin(1 << 60)):
+            hours.setdefault(record.hour, []).append(record)
+    return {f"_hours/{hour}.json": manifest(rig.hub.id, hour, records) for hour, records in hours.items()}
+
+
+def published(rig: Rig) -> dict[str, bytes]:
+    return {blob.name: rig.store.get(blob.name).body for blob in rig.store.list("_hours/")}
+
+
+def scene(folder: Path) -> Rig:
+    """Three partitions, one idle since the beginning, and two hours; the first has two files in partition 0. Nothing is archived."""
+    rig = make_rig(folder, partitions=3)
+    rig.write_lease(2)
+    rig.put(2)
+    rig.hub.cut()
+    rig.put(1)
+    rig.put(1, partition=1)
+    rig.close_hour()
+    rig.put(1, partition=1)
+    rig.put(1)
+    rig.close_hour()
+    return rig
+
+
+def publish_in_the_end(rig: Rig, kind: type[HourKeeper], store: BlobStore | None = None) -> list[str]:
+    """Everything is archived and a host starts; what is wrong then."""
+    run_all(rig)
+    try:
+        for _ in range(3):
+            kind(rig.hub, store or rig.store).publish()
+    except ArchiveError as error:
+        return [error.detail]
+    found, wanted = published(rig), truth(rig)
+    return [name for name in found | wanted if found.get(name) != wanted.get(name)] + rig.verified().problems
+
+
+@pytest.mark.parametrize("kind", [HourKeeper, NothingPassedOver])
+def test_whatever_a_listing_hides_the_manifests_are_right(tmp_path: Path, kind: type[HourKeeper]) -> None:
+    rig = scene(tmp_path)
+    rig.run(0, bytes_max=1)
+    rig.run(1)
+    rig.run(2)
+    assert len(keeper(rig).publish()) == 2
+    rig.store.delete("_hours/2026-11-22T14-00-10.json")
+    names = [blob.name for prefix in ("_ledger/", "_hours/") for blob in rig.store.list(prefix)]
+    assert len(names) == 6
+    wrong = []
+    for shown in itertools.product((True, False), repeat=len(names)):
+        hidden = {name for name, seen in zip(names, shown, strict=True) if not seen}
+        rig.store.delete("_hours/2026-11-22T14-00-10.json")
+        wrong += publish_in_the_end(rig, kind, Hiding(rig.store, hidden))
+    assert (wrong == []) == (kind is HourKeeper)
+
+
+@pytest.mark.parametrize("kind", [HourKeeper, TrustsListings])
+def test_an_archive_that_began_late_is_not_begun_later_still(rig2: Rig, kind: type[HourKeeper]) -> None:
+    """Events 0 and 1 were deleted before there was an archive; 2 to 4 are archived, of which the log has kept only 4."""
+    rig = rig2
+    for _ in range(5):
+        rig.put(1)
+    rig.put(1, partition=1)
+    rig.hub.trim(0, before="2")
+    rig.checkpoints[0] = "2"
+    rig.close_hour()
+    run_all(rig)
+    rig.hub.trim(0, before="4")
+    publisher = kind(rig.hub, Hiding(rig.store, {f"_ledger/0/{2:020}.json"}))
+    if kind is HourKeeper:
+        with pytest.raises(ArchiveError, match="followed to 4, and its checkpoint is 5"):
+            publisher.publish()
+        assert published(rig) == {}
+        publisher = kind(rig.hub, rig.store)
+    publisher.publish()
+    assert len(published(rig)) == 1
+    assert (published(rig) == truth(rig)) == (kind is HourKeeper)
+
+
+Meantime = Callable[[Rig, HourKeeper], object]
+
+MEANTIMES: dict[str, Meantime] = {
+    "nothing happens": lambda rig, other: None,
+    "another publishes": lambda rig, other: other.publish(),
+    "partition 0 is archived": lambda rig, other: rig.run(0),
+    "all is archived": lambda rig, other: run_all(rig),
+    "all is archived, and another publishes": lambda rig, other: (run_all(rig), other.publish()),
+}
+
+
+def explored(folder: Path, kind: type[HourKeeper]) -> Iterator[list[str]]:
+    """What is wrong after each run: a host publishes, and at one of its requests a fault happens, and something else meanwhile."""
+    for archived, (name, act), fault in itertools.product(((), (0,), (0, 1)), MEANTIMES.items(), (None, *Fault)):
+        at = requests = 0
+        while at <= requests:
+            rig = scene(folder)
+            for partition in (0, 1):
+                rig.write_lease(partition)
+            for partition in archived:
+                rig.run(partition)
+            requests, wrong = interrupted(rig, kind, at, fault, act)
+            wrong += publish_in_the_end(rig, kind)
+            yield [f"{archived} archived, {name}, {fault} at request {at}: {what}" for what in wrong]
+            at += 1
+
+
+def interrupted(rig: Rig, kind: type[HourKeeper], at: int, fault: Fault | None, act: Meantime) -> tuple[int, list[str]]:
+    """Two calls of `publish`, with `act` and the fault at request `at`: how many requests there were, and what was wrong."""
+    requests = 0
+    other = kind(rig.hub, rig.store)
+
+    def plan(_operation: str, _name: str) -> Fault | None:
+        nonlocal requests
+        requests += 1
+        if requests - 1 != at:
+            return None
+        act(rig, other)
+        return fault
+
+    store = FaultyBlobs(rig.store, plan)
+    mine = kind(rig.hub, store)
+    wrong = []
+    for _ in range(2):
+        try:
+            mine.publish()
+        except StoreUnavailable:
+            continue
+        except ArchiveError as error:
+            wrong.append(error.detail)
+    store.land()
+    return requests, wrong
+
+
+def test_several_hosts_faults_and_restarts_at_every_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = list(explored(tmp_path, HourKeeper))
+    with capsys.disabled():
+        print(f"\nhour manifests: {len(runs):,} runs")
+    assert [wrong for wrong in runs if wrong] == []
+
+
+@pytest.mark.parametrize("kind", [WaitsForNobody, LedgersFirst])
+def test_a_careless_host_is_found_out(tmp_path: Path, kind: type[HourKeeper]) -> None:
+    assert any(explored(tmp_path, kind))
 
 
 def test_a_hub_that_ends_before_its_archive_is_refused(rig: Rig) -> None:

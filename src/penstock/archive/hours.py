@@ -7,7 +7,7 @@ manifest is a pure function of the ledger and whoever creates it writes the same
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -47,6 +47,14 @@ def manifest_name(hour: str) -> str:
     return f"_hours/{hour}.json"
 
 
+def _is_manifest(name: str) -> bool:
+    try:
+        hour_start_ms(name.removeprefix("_hours/").removesuffix(".json"))
+    except ArchiveError:
+        return False
+    return name.endswith(".json")
+
+
 def manifest(hub_id: str, hour: str, records: list[Record]) -> bytes:
     """The manifest of an hour from all its ledger records, in any order."""
     ordered = sorted(records, key=lambda record: (record.partition, record.first))
@@ -61,6 +69,52 @@ def manifest(hub_id: str, hour: str, records: list[Record]) -> bytes:
             raw_bytes=sum(record.raw_bytes for record in ordered),
         )
     )
+
+
+class HourRecords(NamedTuple):
+    """What a ledger has of an hour: its records, the last one before it, and the first one behind it."""
+
+    before: Record | None
+    records: list[Record]
+    later: Record | None
+
+    @property
+    def tail(self) -> int | None:
+        """Up to where the chain was followed; None if there is none."""
+        last = self.later or (self.records[-1] if self.records else self.before)
+        return last.next if last else None
+
+    @property
+    def whole(self) -> bool:
+        """The ledger alone says that nothing of the hour can come any more."""
+        return self.later is not None or bool(self.records and self.records[-1].closed_by == "time")
+
+
+def find_hour(ledger: Ledger, start_ms: int, *, log_first: int | None) -> HourRecords:
+    """The records of the hour that begins then. `log_first`: where the log begins, if the hub can be asked.
+
+    Halves the listed records to where the hour must begin, and from there follows the chain: a listing is a hint.
+    """
+    listed = ledger.listed()
+    low, high = 0, len(listed)
+    while low < high:
+        middle = (low + high) // 2
+        record = ledger.read(listed[middle])
+        if record is not None and hour_start_ms(record.hour) < start_ms:
+            low = middle + 1
+        else:
+            high = middle
+    origin = ledger.origin(min(listed, default=0) if log_first is None else log_first)
+    before: Record | None = None
+    records: list[Record] = []
+    for record in ledger.chain(listed[low - 1] if low else origin):
+        if hour_start_ms(record.hour) > start_ms:
+            return HourRecords(before, records, record)
+        if hour_start_ms(record.hour) == start_ms:
+            records.append(record)
+        else:
+            before = record
+    return HourRecords(before, records, None)
 
 
 def checkpoint(store: BlobStore, partition: int, group: str = ARCHIVE_GROUP) -> int | None:
@@ -93,6 +147,11 @@ class HourKeeper:
 
     It remembers how far it followed each ledger, so a call costs one `get` a partition for its lease and one for the record
     that is not there yet. Several hosts may do the same at the same time.
+
+    Every host publishes the hours in their order, so when it starts it goes on behind the last one that a listing shows. Where in
+    a ledger that is, a listing may say wrongly: too early, and records of published hours come again, which are passed over;
+    too late (the chain does not begin at 0, and the listing hides where it does), and no record is found there, so that what was
+    followed does not reach the checkpoint: then nothing is published, and the next call starts anew.
     """
 
     def __init__(self, hub: Hub, store: BlobStore, *, group: str = ARCHIVE_GROUP) -> None:
@@ -100,6 +159,7 @@ class HourKeeper:
         self._store = store
         self._group = group
         self._cursors: dict[int, int] | None = None
+        self._published = ""
         self._pending: dict[str, list[Record]] = {}
 
     def publish(self) -> list[str]:
@@ -109,6 +169,7 @@ class HourKeeper:
             return []
         # The ledgers are followed after the checkpoints were read: a checkpoint behind the hour proves all its records.
         self._follow()
+        self._check_reached(done)
         published: list[str] = []
         for hour in sorted(self._pending):
             if not self._complete(hour, done):
@@ -140,25 +201,38 @@ class HourKeeper:
 
     def _follow(self) -> None:
         if self._cursors is None:
-            self._cursors = self._resume()
+            self._resume()
+        assert self._cursors is not None, "_resume sets it"
         for partition, first in self._cursors.items():
             for record in self._ledger(partition).chain(first):
-                self._pending.setdefault(record.hour, []).append(record)
+                if manifest_name(record.hour) > self._published:
+                    self._pending.setdefault(record.hour, []).append(record)
                 self._cursors[partition] = record.next
 
-    def _resume(self) -> dict[int, int]:
-        """Where to follow each ledger from: behind the last published hour, since hours are published in order.
+    def _check_reached(self, done: list[int]) -> None:
+        """Every checkpoint stands where a record ends, or where the archive begins: who does not get there did not see all."""
+        assert self._cursors is not None, "called behind _follow"
+        for partition, number in enumerate(done):
+            reached = self._cursors[partition]
+            if reached < number:
+                self._cursors, self._pending = None, {}
+                raise ArchiveError(
+                    f"the ledger of partition {partition} was followed to {reached}, and its checkpoint is {number}: "
+                    "no hour is published before that is read again",
+                    partition=partition,
+                )
 
-        Listings are hints here too: one that hides names makes this begin earlier, and a manifest that exists is compared.
-        """
-        published = max((blob.name for blob in self._store.list("_hours/")), default="")
-        return {partition: self._first_after(partition, published) for partition in range(self._hub.partitions())}
+    def _resume(self) -> None:
+        """Where to follow each ledger from: behind the last published hour."""
+        names = (blob.name for blob in self._store.list("_hours/"))
+        self._published = max((name for name in names if _is_manifest(name)), default="")
+        self._cursors = {partition: self._first_after(partition) for partition in range(self._hub.partitions())}
 
-    def _first_after(self, partition: int, published: str) -> int:
+    def _first_after(self, partition: int) -> int:
         ledger = self._ledger(partition)
         for number in reversed(ledger.listed()):
             record = ledger.read(number)
-            if record is not None and manifest_name(record.hour) <= published:
+            if record is not None and manifest_name(record.hour) <= self._published:
                 return record.next
         return ledger.origin(self._hub.bounds(partition).first)
 
