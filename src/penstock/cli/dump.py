@@ -61,6 +61,7 @@ def _kind(path: Path) -> str:
     for pattern, kind in (
         (r"/_ledger/\d+/\d{20}\.json", "ledger record"),
         (r"/_leases/[^/]+/\d+\.json", "lease"),
+        (r"/_moves/[^/]+/\d+\.json", "note of a lease's move"),
         (r"/_hours/[^/]+\.json", "hour manifest"),
         (r"/_hub\.json", "owner of the store"),
         (r"/\d+/\d+/state\.json", "lane of a spool"),
