@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from penstock.blobs import Blob
 from penstock.errors import StoreUnavailable
 from penstock.files import Files
 from penstock.processor.lease import Lease, encode_lease, lease_name
-from penstock.server.parts import PartState, Run, read_runs, remove_dead, remove_run, write_run
-from penstock.server.status import build_status
+from penstock.server.parts import PartState, Retention, Run, read_runs, remove_dead, remove_run, write_run
+from penstock.server.status import RetentionStatus, build_status
 from penstock.testing import FakeClock, MemoryBlobs, MemoryHub
 
 DEAD_PID = 2**22 + 1
@@ -25,10 +26,10 @@ class Usage(msgspec.Struct):
 
 
 class Hub(MemoryHub):
-    full = False
+    used, limit, full = 50, 100, False
 
     def usage(self) -> Usage:
-        return Usage(50, 100, self.full)
+        return Usage(self.used, self.limit, self.full)
 
     def counters(self) -> dict[str, int]:
         return {"duplicates": 3}
@@ -50,6 +51,90 @@ def test_positions_leases_and_lags(tmp_path: Path) -> None:
     assert (first.lag_events, first.lag_s) == (30, 7.0)
     assert (second.owner, second.checkpoint, second.lag_events, second.lag_s) == (None, None, 0, 0.0)
     assert (report.storage.state, report.counters) == ("ok", {"duplicates": 3})
+
+
+def runs(folder: Path, *retention: Retention | None) -> None:
+    for number, one in enumerate(retention):
+        (folder / f"parts-{os.getpid()}{'0' * number}.json").write_bytes(
+            msgspec.json.encode(Run(os.getpid(), "", "", [], one))
+        )
+
+
+@pytest.mark.parametrize(
+    ("running", "owner", "left", "whole"),
+    [
+        ((), "up", None, RetentionStatus(None, "kept", None, None)),
+        ((None,), "up", None, RetentionStatus(None, "kept", None, None)),
+        ((Retention(100, True),), "up", 93.0, RetentionStatus(100, "kept", 93.0, None)),
+        ((Retention(5, True),), "up", 0.0, RetentionStatus(5, "kept", 0.0, None)),
+        ((Retention(100, False),), "", 93.0, RetentionStatus(100, "deleted", 93.0, None)),
+        ((Retention(100, False),), "up", 93.0, RetentionStatus(100, "kept", 93.0, None)),
+        ((None, Retention(100, True), Retention(50, False)), "", 43.0, RetentionStatus(50, "deleted", 43.0, None)),
+    ],
+)
+def test_time_until_retention_reaches_what_is_not_archived(
+    tmp_path: Path, running: list[Retention], owner: str, left: float | None, whole: RetentionStatus
+) -> None:
+    clock, store = FakeClock(), MemoryBlobs()
+    hub = Hub(1, clock=clock)
+    hub.put(0, [b'{"deviceId":"a"}'] * 10)
+    clock.advance(100)
+    hub.cut()  # a marker from before the event must not make that older
+    clock.advance(100)
+    hub.put(0, [b'{"deviceId":"a"}'])
+    clock.advance(7)
+    hub.used = 0
+    store.create(lease_name("$archive", 0), encode_lease(Lease(0, owner, "x-1", 4, "10", 10)), id="x-1")
+    runs(tmp_path, *running)
+    report = build_status(hub, store, run_folder=tmp_path, clock=clock)
+    assert report.retention is not None
+    assert (report.partitions[0].lag_s, report.partitions[0].retention_left_s) == (7.0, left)
+    assert msgspec.structs.replace(report.retention, full_in_s=None) == whole
+
+
+@pytest.mark.parametrize(
+    ("retention", "owner", "done", "full_in_s"),
+    [
+        (None, "up", 0, None),  # nothing comes in
+        (Retention(130, True), "up", 60, 119),  # full before what there is gets old enough
+        (Retention(118, True), "up", 60, None),  # what there is makes room
+        (Retention(118, True), "up", 120, None),
+        (Retention(118, True), "up", 0, 119),  # old enough already, but not archived
+        (Retention(30, True), "up", 60, 119),
+        (Retention(30, False), "up", 0, 119),
+        (Retention(30, False), "", 0, None),
+    ],
+)
+def test_when_the_hub_is_full_at_the_rate_of_the_last_minute(
+    tmp_path: Path, retention: Retention | None, owner: str, done: int, full_in_s: int | None
+) -> None:
+    clock, store = FakeClock(), MemoryBlobs()
+    hub = Hub(1, clock=clock)
+    event = b'{"deviceId":"a","n":%08d}'
+    for second in range(120):
+        hub.put(0, [event % second])
+        clock.advance(1)
+    size = hub.bounds(0).bytes / 120
+    hub.limit, hub.used = round(1000 * size / 0.9), round(881 * size)
+    store.create(lease_name("$archive", 0), encode_lease(Lease(0, owner, "x-1", 4, str(done), done)), id="x-1")
+    runs(tmp_path, retention)
+    report = build_status(hub, store, run_folder=tmp_path, clock=clock)
+    assert report.retention is not None
+    found = report.retention.full_in_s
+    assert (None if found is None else round(found)) == full_in_s
+
+
+def test_a_hub_that_gets_nothing_does_not_get_full(tmp_path: Path) -> None:
+    clock = FakeClock()
+    hub = Hub(1, clock=clock)
+    assert build_status(hub, MemoryBlobs(), run_folder=tmp_path, clock=clock).retention == RetentionStatus(
+        None, "kept", None, None
+    )
+    hub.put(0, [b'{"deviceId":"a"}'])
+    runs(tmp_path, Retention(100, True))
+    clock.advance(61)
+    report = build_status(hub, MemoryBlobs(), run_folder=tmp_path, clock=clock)
+    assert report.retention and report.retention.full_in_s is None
 
 
 def test_problems_are_named() -> None:

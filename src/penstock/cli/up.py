@@ -65,7 +65,7 @@ def _serve(values: Values, *, whole: bool) -> None:
     from penstock.cli.supervisor import Part, Supervisor, shared_slots
     from penstock.clock import SystemClock
     from penstock.files import Files
-    from penstock.server.parts import Run, remove_dead, remove_run, write_run
+    from penstock.server.parts import Retention, Run, remove_dead, remove_run, write_run
 
     where, files = wiring.layout(values), Files()
     # A lock that is there is asked before the addresses: "already runs" says more than "address in use".
@@ -92,10 +92,11 @@ def _serve(values: Values, *, whole: bool) -> None:
         if whole and values.text("archive") == "on":
             parts.append(Part("archiver", lambda: wiring.run_host(wiring.UP_HOST, values, where, part="archiver"), 1))
         pid = os.getpid()
+        retention = Retention(values.seconds("retention"), values.text("archive") == "on")
 
         def record(running: Sequence[PartState]) -> None:
             try:
-                write_run(where.run, files, Run(pid, str(listen), str(admin), running))
+                write_run(where.run, files, Run(pid, str(listen), str(admin), running, retention))
             except OSError as error:  # a full disk must not end the supervisor
                 log.warning("The list of parts cannot be written.", detail=str(error))
 

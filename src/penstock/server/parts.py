@@ -19,13 +19,24 @@ class PartState(msgspec.Struct, frozen=True):
     restarts: int = 0
 
 
+class Retention(msgspec.Struct, frozen=True):
+    """What API workers delete: events older than `after_s`, and where `waits` only what the archiver has done."""
+
+    after_s: float
+    waits: bool
+
+
 class Run(msgspec.Struct, frozen=True):
-    """What one supervisor (or one `penstock host`) runs. Addresses are `host:port`, empty when it has none."""
+    """What one supervisor (or one `penstock host`) runs. Addresses are `host:port`, empty when it has none.
+
+    `retention` is that of its API workers; None when it has none.
+    """
 
     pid: int
     listen: str
     admin: str
     parts: Sequence[PartState]
+    retention: Retention | None = None
 
 
 def write_run(folder: Path, files: Files, run: Run) -> None:

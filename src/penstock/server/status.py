@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 
@@ -12,9 +12,14 @@ from penstock.archive.hours import ARCHIVE_GROUP
 from penstock.blobs import BlobStore
 from penstock.clock import Clock, timestamp
 from penstock.errors import HubError, StoreError
+from penstock.events import Bounds
 from penstock.hub import Hub
+from penstock.hub.embedded import FULL_AT
 from penstock.processor.lease import Lease, read_leases
-from penstock.server.parts import PartState, read_runs
+from penstock.server.parts import PartState, Retention, Run, read_runs
+
+RATE_S: Final = 60.0
+"""The present rate is that of the last minute."""
 
 
 class HubUsage(Protocol):
@@ -36,7 +41,9 @@ class MeasuredHub(Hub, Protocol):
 class PartitionStatus(msgspec.Struct, frozen=True):
     """`[first, next)` is in the log. `checkpoint` is the archive's, None when it has none yet; lags are behind it.
 
-    `lag_bytes` is an estimate; `lag_s` the age of the oldest event that is not archived.
+    `lag_bytes` is an estimate; `lag_s` the age of the oldest event that is not archived, and `retention_left_s` the time
+    until that is as old as the retention: None if there is no such event, or nothing is deleted. `token` is new whenever the
+    lease was written.
     """
 
     partition: int
@@ -51,12 +58,28 @@ class PartitionStatus(msgspec.Struct, frozen=True):
     lag_events: int
     lag_bytes: int
     lag_s: float
+    retention_left_s: float | None = None
+    token: str | None = None
 
 
 class Storage(msgspec.Struct, frozen=True):
     bytes_used: int
     bytes_max: int
     state: str
+
+
+class RetentionStatus(msgspec.Struct, frozen=True):
+    """What is older than `after_s` is deleted; None: no API worker runs, so nothing is deleted, and nothing comes in.
+
+    `unread`, what is not archived, is `kept` all the same, or `deleted` (`--archive none`, and no host has the lease).
+    `left_s`: the least `retention_left_s` of all partitions. `full_in_s`: when the hub refuses new events if they come at the
+    rate of the last minute and nothing is deleted until then; None if none come, or what there is now is deleted before.
+    """
+
+    after_s: float | None
+    unread: Literal["kept", "deleted"]
+    left_s: float | None
+    full_in_s: float | None
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -78,13 +101,18 @@ class Status(msgspec.Struct, frozen=True):
     counters: Mapping[str, int]
     parts: Sequence[PartState]
     partitions: Sequence[PartitionStatus]
+    retention: RetentionStatus | None = None
 
 
 def build_status(hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock: Clock) -> Status:
     """Reads the hub, the leases and DATA/run; a store that does not answer is a problem in it, not an error."""
     problems: list[str] = []
     leases = _leases(hub, store, problems)
-    partitions = [_partition(hub, partition, lease, clock, problems) for partition, lease in enumerate(leases)]
+    runs = read_runs(run_folder)
+    retention = _in_force(runs)
+    partitions = [
+        _partition(hub, partition, lease, retention, clock, problems) for partition, lease in enumerate(leases)
+    ]
     usage = hub.usage()
     if usage.full:
         problems.append("The hub's storage is full: new events are refused.")
@@ -101,8 +129,9 @@ def build_status(hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock:
         ),
         storage=Storage(usage.used, usage.limit, "full" if usage.full else "ok"),
         counters=hub.counters(),
-        parts=[part for run in read_runs(run_folder) for part in run.parts],
+        parts=[part for run in runs for part in run.parts],
         partitions=partitions,
+        retention=_retention(hub, usage, partitions, retention, clock),
     )
 
 
@@ -119,13 +148,20 @@ def _leases(hub: Hub, store: BlobStore, problems: list[str]) -> Sequence[Lease |
         return [None] * hub.partitions()
 
 
-def _partition(hub: Hub, partition: int, lease: Lease | None, clock: Clock, problems: list[str]) -> PartitionStatus:
+def _partition(
+    hub: Hub,
+    partition: int,
+    lease: Lease | None,
+    retention: Retention | None,
+    clock: Clock,
+    problems: list[str],
+) -> PartitionStatus:
     bounds = hub.bounds(partition)
     checkpoint = lease.sequence_number if lease else None
     if checkpoint is not None and checkpoint > bounds.next:
         problems.append(f"The checkpoint of partition {partition} lies beyond the end of the log.")
     lag = max(0, bounds.next - max(checkpoint or 0, bounds.first))
-    kept = max(1, bounds.next - bounds.first)
+    lag_s = _age_s(hub, partition, max(checkpoint or 0, bounds.first), clock) if lag else 0.0
     return PartitionStatus(
         partition=partition,
         first=bounds.first,
@@ -137,9 +173,15 @@ def _partition(hub: Hub, partition: int, lease: Lease | None, clock: Clock, prob
         offset=lease.offset if lease else None,
         checkpoint=checkpoint,
         lag_events=lag,
-        lag_bytes=round(bounds.bytes * lag / kept),
-        lag_s=_age_s(hub, partition, max(checkpoint or 0, bounds.first), clock) if lag else 0.0,
+        lag_bytes=round(_bytes_each(bounds) * lag),
+        lag_s=lag_s,
+        retention_left_s=max(0.0, retention.after_s - lag_s) if retention and lag else None,
+        token=lease.token if lease else None,
     )
+
+
+def _bytes_each(bounds: Bounds) -> float:
+    return bounds.bytes / max(1, bounds.next - bounds.first)
 
 
 def _age_s(hub: Hub, partition: int, number: int, clock: Clock) -> float:
@@ -147,5 +189,48 @@ def _age_s(hub: Hub, partition: int, number: int, clock: Clock) -> float:
         frames = hub.read(partition, str(number), bytes_max=1).frames
     except HubError:  # trimmed since: no longer of interest
         return 0.0
-    since_ms = frames[0].enqueued_at_ms if frames else clock.now_ms()
+    # A marker may lie there from long before the event.
+    since_ms = next((frame.enqueued_at_ms for frame in frames if not frame.is_marker), clock.now_ms())
     return max(0.0, (clock.now_ms() - since_ms) / 1000)
+
+
+def _in_force(runs: Sequence[Run]) -> Retention | None:
+    """Each run's workers delete by their own settings, so the hardest ones count."""
+    found = [run.retention for run in runs if run.retention]
+    if not found:
+        return None
+    return Retention(min(one.after_s for one in found), all(one.waits for one in found))
+
+
+def _retention(
+    hub: Hub,
+    usage: HubUsage,
+    partitions: Sequence[PartitionStatus],
+    retention: Retention | None,
+    clock: Clock,
+) -> RetentionStatus:
+    if retention is None:
+        return RetentionStatus(None, "kept", None, None)
+    left = min((one.retention_left_s for one in partitions if one.retention_left_s is not None), default=None)
+    kept = retention.waits or all(one.owner for one in partitions)
+    room, bytes_s = max(0.0, FULL_AT * usage.limit - usage.used), _bytes_s(hub, clock)
+    full_in_s = room / bytes_s if bytes_s else None
+    # Until then what is in the hub now is deleted, if it is archived in time: new events alone do not fill it.
+    makes_room = not kept or left is None or left > 0
+    if full_in_s is not None and full_in_s >= retention.after_s and makes_room:
+        full_in_s = None
+    return RetentionStatus(retention.after_s, "kept" if kept else "deleted", left, full_in_s)
+
+
+def _bytes_s(hub: Hub, clock: Clock) -> float:
+    """Bytes that the hub has grown by in a second, as far as the log has events of the last minute."""
+    now_ms = clock.now_ms()
+    since_ms, grown = now_ms, 0.0
+    for partition in range(hub.partitions()):
+        bounds = hub.bounds(partition)
+        recent = bounds.next - max(bounds.first, int(hub.locate(partition, now_ms - round(RATE_S * 1000))))
+        if recent > 0:
+            grown += recent * _bytes_each(bounds)
+            since_ms = min(since_ms, bounds.enqueued_first_ms)
+    # A log that began in this minute has not had a minute to grow.
+    return grown / min(RATE_S, max(1.0, (now_ms - since_ms) / 1000))
