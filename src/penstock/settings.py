@@ -77,7 +77,7 @@ class Setting:
 _API = ("up", "api")
 _HOST = ("up", "host")
 _SERVE = ("up", "api", "host")
-_LOOK = ("status", "leases", "audit", "verify", "flush")
+_LOOK = ("status", "leases", "why", "audit", "verify", "flush")
 _DEAD = ("dead", "dead-fix", "dead-replay")
 _K = Kind
 
@@ -99,7 +99,9 @@ SETTINGS: tuple[Setting, ...] = (
             (*_API, "audit", "simulate"), choices=("on", "none")),
     Setting("retention", _K.DURATION, "7d", "How long the hub keeps what is archived.", _API, "", "1s", "3650d"),
     Setting("lease", _K.DURATION, "30s", "A lease that did not change for so long may be taken over.",
-            (*_HOST, "leases"), "", "1s", "1h"),
+            (*_HOST, "leases", "why"), "", "1s", "1h"),
+    Setting("watch", _K.DURATION, "1s", "Look at the leases for so long, to see which of them are renewed.",
+            ("leases",), "", "0s", "1h"),
     Setting("name", _K.TEXT, "", "Name of this host in the leases. Default: host name and random digits.", ("host",)),
     Setting("anonymous", _K.FLAG, "no", "Take events without a key (there are no keys yet; loopback only).", _API),
     Setting("device-field", _K.TEXT, "deviceId", "The field of an event that names its device.",

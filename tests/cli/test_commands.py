@@ -24,7 +24,7 @@ def test_help(name: str | None) -> None:
     assert (done.exit_code, done.output.startswith("Usage: ")) == (0, True)
 
 
-@pytest.mark.parametrize("name", ["simulate", "status", "leases", "audit", "verify", "flush"])
+@pytest.mark.parametrize("name", ["simulate", "status", "leases", "why", "audit", "verify", "flush"])
 def test_reports_take_json(name: str) -> None:
     assert any("--json" in option.opts for option in penstock.commands[name].params if isinstance(option, click.Option))
 
@@ -40,6 +40,11 @@ def test_wrong_use_is_exit_2_and_touches_nothing(shell: Any) -> None:
         (("status",), "There is no hub"),
         (("audit",), "There is no hub"),
         (("leases",), "There is no hub"),
+        (("leases", "--group", "alarms", "--url", "http://127.0.0.1:9"), "tells of the group $archive only"),
+        (("why", "0", "2026-11-22T14"), "There is no hub"),
+        (("why", "--", "-1", "2026-11-22T14"), "-1 is not in the range"),
+        (("why", "0", "2026-11-22T25"), "neither the name of an hour"),
+        (("why", "0", "9999-12-31T23"), "no hub has events of that time"),
         (("flush",), "Nothing runs"),
         (("send", "nope.ndjson"), "There is no file"),
         (("send", "--device-field", "a b", "nope.ndjson"), "cannot name a field"),

@@ -63,8 +63,8 @@ def test_events_go_in_and_lie_in_hour_files(shell: Any) -> None:
     by_url = shell.json("status", "--url", f"http://{shell.running().admin}")
     assert by_url["totals"] == status["totals"]
     leases = shell.json("leases")
-    assert [(row["partition"], row["owner"], row["epoch"], row["state"]) for row in leases] == [
-        (partition, "up", 1, "held") for partition in range(4)
+    assert [(row["partition"], row["owner"], row["epoch"], row["next"]) for row in leases] == [
+        (partition, "up", 1, None) for partition in range(4)
     ]
     assert shell.stop(process) == 0
     assert [row["owner"] for row in shell.json("leases")] == [""] * 4

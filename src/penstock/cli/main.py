@@ -15,10 +15,12 @@ from penstock import __version__
 from penstock.cli.check import audit, flush, verify
 from penstock.cli.dead import dead
 from penstock.cli.dump import dump
+from penstock.cli.leases import leases
 from penstock.cli.send import send
-from penstock.cli.show import leases, status
+from penstock.cli.show import status
 from penstock.cli.simulate import simulate
 from penstock.cli.up import api, host, up
+from penstock.cli.why import why
 from penstock.errors import PenstockError, SettingsError
 
 
@@ -28,7 +30,7 @@ def penstock() -> None:
     """Takes in the events of very many devices and leaves them as a few large files that are easy to query."""
 
 
-for command in (up, api, host, send, simulate, status, leases, audit, verify, flush, dump, dead):
+for command in (up, api, host, send, simulate, status, leases, why, audit, verify, flush, dump, dead):
     penstock.add_command(command)
 
 

@@ -93,7 +93,7 @@ def console() -> Console:
     """For people. Where no terminal tells its width, tables get what they need."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 400)
 
 
 def fetch(url: str, *, method: str = "GET") -> bytes:

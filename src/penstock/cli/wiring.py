@@ -17,7 +17,7 @@ import msgspec
 
 from penstock.archive.archiver import archivers
 from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper, refuse_older
-from penstock.archive.ledger import claim, owner, start
+from penstock.archive.ledger import Owner, claim, owner, start
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
 from penstock.cli.supervisor import EXIT_HUB_BROKEN
@@ -74,6 +74,32 @@ def reading_hub(where: Layout, values: Values) -> Iterator[EmbeddedHub]:
         raise SettingsError(f"There is no hub in {where.data}: start one with `penstock up --data {where.data}`.")
     with EmbeddedHub(where.hub, bytes_max=values.count("hub-bytes-max"), clock=SystemClock(), read_only=True) as hub:
         yield hub
+
+
+def owner_of(where: Layout, store: DiskBlobs) -> Owner:
+    """Whose store this is. Raises SettingsError when it is nobody's."""
+    known = owner(store)
+    if known is None:
+        raise SettingsError(
+            f"There is no hub in {where.data}, and the store {where.store} is nobody's: "
+            f"start one with `penstock up --data {where.data}`, or name another with --data or --store."
+        )
+    return known
+
+
+@contextlib.contextmanager
+def hub_of(known: Owner, where: Layout, values: Values) -> Iterator[EmbeddedHub | None]:
+    """The hub of a store, for reading; None when it is not in the data folder.
+
+    Raises SettingsError when another one is in the folder that was asked for.
+    """
+    if not (where.hub / "data.mdb").exists():
+        yield None
+        return
+    with reading_hub(where, values) as hub:
+        if hub.id != known.hub and values.source("data") != "default":
+            raise SettingsError(f"The store {where.store} belongs to another hub than the one in {where.data}.")
+        yield hub if hub.id == known.hub else None
 
 
 def prepare(where: Layout, values: Values) -> None:
