@@ -88,9 +88,8 @@ class Counted:
         return self._store.stream(name)
 
     def list(self, prefix: str) -> Iterator[Listed]:
-        found = [
-            *self._listed.values()
-        ]  # made once for each write: sorting them for each look would be most of the work
+        # Made once for each write: sorting them for each look would be most of the work.
+        found = [blob for name, blob in self._listed.items() if name.startswith(prefix)]
         self.requests["list"] += 1 + len(found) // 5000
         return iter(found)
 

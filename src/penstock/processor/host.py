@@ -22,6 +22,7 @@ from penstock.hub import Hub
 from penstock.processor import CloseReason, ProcessorFactory
 from penstock.processor.balance import Plan, View, plan
 from penstock.processor.lease import Holding, Start, Writer, claim, decode_lease, lease_name, take_over
+from penstock.processor.moves import Moves
 from penstock.processor.pump import Log, Pump
 from penstock.processor.watch import LOOKS, Seen, Watch
 
@@ -85,6 +86,7 @@ class EventProcessorHost:
             lease_s=lease_s,
             trouble=self._not_read,
         )
+        self._moves = Moves(store, group, clock=clock, log=log)
         self._stop = threading.Event()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -304,6 +306,7 @@ class EventProcessorHost:
         )
         self._pumps[partition] = pump
         pump.start()
+        self._moves.note(lease, seen.lease if seen else None, expired=self._watch.expired(partition))
 
     def _claimed(self, partition: int, seen: Seen | None) -> Holding:
         if seen is not None:
