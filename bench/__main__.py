@@ -22,6 +22,7 @@ from bench.client import client_run
 from bench.codec import floor_ns, gzip_bodies, telemetry
 from bench.growth import RANGES, Bench, Growth, Say, Soak, show_growth, show_soak
 from bench.memory import warm_memory
+from bench.processor import processor_run
 from bench.report import Report, floor_of, make_report, show
 from bench.run import Options, Run, Work, run
 from bench.system import BenchError
@@ -29,6 +30,7 @@ from bench.system import BenchError
 SINGLES = 4000
 KINDS = ("batches", "single", "single numbered")
 CLIENT = "client"
+PROCESSOR = "processor"
 _ROOM = 3  # The log, as much again for the archive, and for what the measured windows add.
 
 
@@ -44,7 +46,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     add("--log-bytes", type=int, default=5_000_000_000, help="far end of the range of the log (5000000000)")
     add("--soak", type=float, nargs="?", const=600.0, metavar="SECONDS", help="memory over a long run (600 s)")
-    add("--only", action="append", choices=(*KINDS, CLIENT), help="only this; may be given several times")
+    add("--only", action="append", choices=(*KINDS, CLIENT, PROCESSOR), help="only this; may be given several times")
     add("--seconds", type=float, default=20.0, help="length of each measured window (20)")
     add("--warm-up", type=float, default=3.0, help="seconds of load before it (3)")
     add("--floor-seconds", type=float, default=2.0, help="length of each measurement of the codec floor (2)")
@@ -58,6 +60,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--bodies", type=int, default=400, help="distinct request bodies (400)")
     add("--client-events", type=int, default=400_000, help="events of the client's measurements (400000)")
     add("--spool-bytes", type=int, default=10_000_000_000, help="size of a large spool (10000000000)")
+    add("--processor-events", type=int, default=2_000_000, help="events that processors read (2000000)")
     add("--seed", type=int, default=1)
     add("--folder", type=Path, default=Path("build/bench"), help="where data lie meanwhile (build/bench)")
     given = parser.parse_args(words)
@@ -84,6 +87,7 @@ def options_of(given: argparse.Namespace) -> Options:
         seed=given.seed,
         client_events=given.client_events,
         spool_bytes=given.spool_bytes,
+        processor_events=given.processor_events,
     )
 
 
@@ -136,7 +140,13 @@ def load_runs(folder: Path, options: Options, prepared: Prepared, kinds: Sequenc
         client = client_run(
             folder / CLIENT, options.up(), path, events=options.client_events, spool_bytes=options.spool_bytes
         )
-    return make_report(options, floor_of(before_ns, after_ns), runs, client)
+    processor = None
+    if PROCESSOR in kinds:
+        say(f"processor: {options.processor_events:,} events, from the data folder and over HTTP")
+        processor = processor_run(
+            folder / PROCESSOR, options.up(), path, per_body=options.events_per_batch, events=options.processor_events
+        )
+    return make_report(options, floor_of(before_ns, after_ns), runs, client, processor)
 
 
 def main(words: Sequence[str]) -> int:
@@ -167,7 +177,7 @@ def main(words: Sequence[str]) -> int:
                 figures = Bench(folder, options, prepared.batches, say).soak(given.soak)
                 show_soak(figures, out)
             else:
-                figures = load_runs(folder, options, prepared, given.only or (*KINDS, CLIENT), say)
+                figures = load_runs(folder, options, prepared, given.only or (*KINDS, CLIENT, PROCESSOR), say)
                 show(figures, out)
     except KeyboardInterrupt:
         return 130

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.client import ClientRun
+from bench.processor import ProcessorRun
 from bench.run import Options, PartUse, Run
 
 THROUGHPUT_LEAST = 0.45
@@ -22,6 +23,7 @@ SEND_US_MOST = 20.0
 THROUGH_LEAST = 40_000.0
 FILE_LEAST = 150_000.0
 CLIENT_MB_MOST = 64.0
+PROCESSOR_LEAST = {"frames": 300_000.0, "events": 150_000.0}
 
 
 class Floor(msgspec.Struct, frozen=True):
@@ -59,6 +61,7 @@ class Report(msgspec.Struct, frozen=True):
     floor: Floor
     runs: list[Run]
     client: ClientRun | None
+    processor: ProcessorRun | None
     targets: list[Target]
 
 
@@ -71,10 +74,13 @@ def floor_of(before_ns: float, after_ns: float) -> Floor:
     return Floor(round(before_ns, 1), round(after_ns, 1), round(mean_ns, 1), round(1e9 / mean_ns, 1))
 
 
-def make_report(options: Options, floor: Floor, runs: Sequence[Run], client: ClientRun | None) -> Report:
-    targets = [*_targets(floor, runs), *(_client_targets(client) if client else ())]
-    ok = not any(run.problems for run in (*runs, client) if run)
-    return Report(ok, machine(), options, floor, list(runs), client, targets)
+def make_report(
+    options: Options, floor: Floor, runs: Sequence[Run], client: ClientRun | None, processor: ProcessorRun | None
+) -> Report:
+    targets = [*_targets(floor, runs)]
+    targets += [*(_client_targets(client) if client else ()), *(_processor_targets(processor) if processor else ())]
+    ok = not any(run.problems for run in (*runs, client, processor) if run)
+    return Report(ok, machine(), options, floor, list(runs), client, processor, targets)
 
 
 def target(what: str, value: float, bound: float, unit: str, *, at_least: bool = False) -> Target:
@@ -113,6 +119,13 @@ def _client_targets(client: ClientRun) -> Iterator[Target]:
     yield target(what, client.memory_peak_mb, CLIENT_MB_MOST, "MB")
 
 
+def _processor_targets(processor: ProcessorRun) -> Iterator[Target]:
+    for one in processor.figures:
+        where = "over HTTP" if one.where == "http" else "from the data folder"
+        what = f"processor: {one.shape} {where}, on one core ({one.events_per_s:,.0f} by the clock)"
+        yield target(what, one.events_per_core_s, PROCESSOR_LEAST[one.shape], "events/s", at_least=True)
+
+
 def _most(parts: Sequence[PartUse], field: str) -> float:
     return max((getattr(part, field) for part in parts), default=0.0)
 
@@ -130,8 +143,9 @@ def show(report: Report, out: Console) -> None:
         out.print(_parts(report.runs))
     out.print(targets_table(report.targets))
     show_problems(report.runs, out)
-    for problem in report.client.problems if report.client else ():
-        out.print(f"PROBLEM: client: {problem}", style="bold red", markup=False)
+    for name, of in (("client", report.client), ("processor", report.processor)):
+        for problem in of.problems if of else ():
+            out.print(f"PROBLEM: {name}: {problem}", style="bold red", markup=False)
 
 
 def show_problems(runs: Sequence[Run], out: Console) -> None:

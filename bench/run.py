@@ -35,6 +35,7 @@ class Options(msgspec.Struct, frozen=True):
     seed: int
     client_events: int
     spool_bytes: int
+    processor_events: int
 
     def up(self, *, partitions: int = 0, more: Sequence[str] = ()) -> list[str]:
         count = str(partitions or self.partitions)

@@ -28,8 +28,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": BASE,
     "server": BASE | {"wire", "hub", "blobs", "processor", "archive", "telemetry"},
     "testing": BASE | {"wire", "hub", "blobs", "processor"},
-    "cli": BASE | {"settings", "wire", "hub", "blobs", "processor", "archive", "telemetry", "server", "client"},
-    "__init__": {"errors", "events", "client"},
+    # The composition root of programs that run their own processors, as cli/wiring.py is that of the commands.
+    "hosting": BASE | {"wire", "hub", "blobs", "processor", "telemetry"},
+    "cli": BASE
+    | {"settings", "wire", "hub", "blobs", "processor", "archive", "telemetry", "server", "client", "hosting"},
+    "__init__": {"errors", "events", "client", "hosting", "processor"},
     "__main__": {"cli"},
 }
 # A foreign module and the only places that may know it.

@@ -7,15 +7,25 @@ from penstock.events import Event
 
 if TYPE_CHECKING:
     from penstock.client.client import Client
+    from penstock.hosting import EventProcessorHost, Events
+    from penstock.processor import CloseReason
 
-__all__ = ["Client", "Event", "PenstockError"]
+__all__ = ["Client", "CloseReason", "Event", "EventProcessorHost", "Events", "PenstockError"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """The client is imported when it is asked for: the commands start faster without it."""
+    """Client and host are imported when they are asked for: the commands start faster without them."""
     if name == "Client":
         from penstock.client.client import Client
 
         return Client
+    if name in ("EventProcessorHost", "Events"):
+        from penstock import hosting
+
+        return getattr(hosting, name)
+    if name == "CloseReason":
+        from penstock.processor import CloseReason
+
+        return CloseReason
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Clock(Protocol):
@@ -44,3 +46,11 @@ def timestamp(at_ms: int) -> str:
     seconds, ms = divmod(at_ms, 1000)
     # isoformat, because strftime looks at the machine's time zone file each time.
     return f"{datetime.fromtimestamp(seconds, UTC).isoformat()[:19]}.{ms:03d}Z"
+
+
+def parse_timestamp(text: str) -> int:
+    """Milliseconds of an RFC 3339 time with its zone, rounded up. Raises ValueError."""
+    at = datetime.fromisoformat(text)
+    if at.tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return -((_EPOCH - at) // timedelta(milliseconds=1))

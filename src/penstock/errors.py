@@ -13,7 +13,7 @@
     │   └── NotConfirmed            503: send the same number again
     │       └── HubBusy · StorageFull · Draining · HubUnavailable
     ├── HubError                    the log cannot give what was asked for
-    │   └── OffsetTrimmed · OffsetBeyondEnd · FrameDamaged · HubBroken
+    │   └── OffsetTrimmed · OffsetBeyondEnd · FrameDamaged · ReaderFenced · HubBroken
     ├── StoreError                  the blob store did not do what was asked
     │   └── BlobNotFound · LostRace · StoreUnavailable
     ├── ArchiveError                ledger, files and log do not agree; the partition stops
@@ -22,7 +22,7 @@
     └── InternalError               500: the server failed in a way that it does not know
 
 A class carries its `code`, its HTTP `status` where it has one, whether sending the same again can help (`retryable`),
-and its data in `fields`. The client rebuilds the same class from `application/problem+json`.
+and its data in `fields`. Those who read over HTTP get the same class again from `application/problem+json` (wire/problem.py).
 """
 
 from __future__ import annotations
@@ -279,6 +279,14 @@ class FrameDamaged(HubError):
 
     code = "frame_damaged"
     title = "A frame is damaged"
+
+
+class ReaderFenced(HubError):
+    """A newer epoch of this group reads the partition, `last_epoch`: the lease that the request was made under is lost."""
+
+    code = "reader_fenced"
+    status = 409
+    title = "An older epoch of this group"
 
 
 class HubBroken(HubError):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
 DEVICE_FIELD = "deviceId"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class FrameKind(enum.IntEnum):
@@ -70,6 +72,11 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     offset: str
     enqueued_at_ms: int
     properties: bytes = b""
+
+    @property
+    def enqueued_at(self) -> datetime:
+        """The commit's time in UTC."""
+        return _EPOCH + timedelta(milliseconds=self.enqueued_at_ms)
 
 
 class Bounds(msgspec.Struct, frozen=True, gc=False):

@@ -87,6 +87,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("url", _K.TEXT, "http://127.0.0.1:8480",
             "Address of the API; for `flush` of the admin port. Default: what `up` wrote down in the data folder.",
             ("send", "simulate", "status", "leases", "flush", "dead-replay")),
+    Setting("hub", _K.TEXT, "", "Address of the API whose hub is archived, `http://HOST:PORT`. Default: the hub in the data folder.",
+            ("host",)),
     Setting("listen", _K.ADDRESS, "127.0.0.1:8480", "Where the API listens; loopback only, port 0 is any free one.", _API),
     Setting("admin", _K.ADDRESS, "127.0.0.1:8481", "Where health, status and flush are served; loopback only.", _API),
     Setting("workers", _K.COUNT, "cores", "API worker processes.", _API, "processes", "1", "64"),

@@ -106,7 +106,7 @@ def test_a_refused_batch_is_sent_again_under_its_number(tmp_path: Path, lost: in
 
 def test_one_second_of_everything(tmp_path: Path) -> None:
     small = "--seconds 1 --warm-up 0.2 --floor-seconds 0.1 --bodies 4 --events-per-batch 100 --workers 2 --partitions 4"
-    client = "--client-events 400 --spool-bytes 1000000"
+    client = "--client-events 400 --spool-bytes 1000000 --processor-events 400"
     words = [sys.executable, "-m", "bench", *small.split(), *client.split(), "--period", "1s"]
     words += ["--folder", str(tmp_path), "--json", "-"]
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
@@ -122,5 +122,6 @@ def test_one_second_of_everything(tmp_path: Path) -> None:
         assert run["remarks"] == []
     assert report["floor"]["ns_per_event"] > 0
     assert report["client"]["problems"] == [] and report["client"]["spool_bytes"] >= 1_000_000
-    assert len(report["targets"]) == 12
+    assert report["processor"]["problems"] == [] and len(report["processor"]["figures"]) == 4
+    assert len(report["targets"]) == 16
     assert list(tmp_path.iterdir()) == []

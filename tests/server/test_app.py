@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from penstock.errors import HubBroken, StorageFull
+from penstock.clock import parse_timestamp, timestamp
+from penstock.errors import HubBroken, ReaderFenced, StorageFull
 from penstock.events import FrameKind
 from penstock.server.app import Router, Where, routes
 from penstock.server.app import answer as run
@@ -13,6 +14,22 @@ from penstock.server.http import Reply, Request, Response
 from penstock.server.read import FRAMES, Reads
 from penstock.testing import FakeClock, MemoryHub, MemoryLog
 from penstock.wire.frame import HEADER_BYTES, decode
+
+
+class Groups:
+    """Notes who was heard, and refuses epochs under `newest`."""
+
+    def __init__(self) -> None:
+        self.heard_of: list[tuple[str, int, int, int]] = []
+        self.newest = 0
+
+    def heard(self, group: str, partition: int, epoch: int, checkpoint: int) -> None:
+        if epoch < self.newest:
+            raise ReaderFenced("Fenced.", last_epoch=self.newest)
+        self.heard_of.append((group, partition, epoch, checkpoint))
+
+    def forget(self, group: str) -> bool:
+        return any(group == name for name, *_ in self.heard_of)
 
 
 class Intake:
@@ -37,8 +54,10 @@ class Api:
         self.intake = Intake()
         self.full = False
         self.log = MemoryLog()
+        self.groups = Groups()
         self.reads = Reads(
             self.hub,
+            groups=self.groups,
             status=lambda: {"ok": True, "totals": 1},
             producer=lambda name: {"producer": name} if name.startswith("known") else None,
             check=self._check,
@@ -53,9 +72,11 @@ class Api:
     def _run(self, work):
         return lambda request, names, reply: reply(run(work, self.log, request, names))
 
-    def ask(self, method: str, target: str, *, body: bytes = b"", **headers: str) -> Response:
+    def ask(self, method: str, target: str, *, body: bytes = b"", group: str = "", **headers: str) -> Response:
         path, _, query = target.encode().partition(b"?")
         given = {name.encode(): value.encode() for name, value in headers.items()}
+        if group:
+            given[b"penstock-group"] = group.encode()
         answers: list[Response] = []
         self.router(Request(method.encode(), path, query, given, body), answers.append)
         assert len(answers) == 1
@@ -130,6 +151,7 @@ def test_other_methods_are_refused_with_those_that_are_allowed(api, method, path
 
 
 @pytest.mark.parametrize("path", ["/v1/partitions", "/v1/partitions/1", "/v1/partitions/1/events", "/v1/status",
+                                  "/v1/partitions/1/offset?at=2026-11-22T14:03:21.123Z",
                                   "/v1/producers/known", "/health/live", "/health/ready"])  # fmt: skip
 def test_head_is_get(api, path):
     assert api.ask("HEAD", path) == api.ask("GET", path)
@@ -175,7 +197,7 @@ def test_partitions(api):
 
 
 @pytest.mark.parametrize("name", ["3", "99999999999999999999", "-1", "x", "", "1.0", "%31x", "²", "+1", "0x1"])
-@pytest.mark.parametrize("below", ["", "/events"])
+@pytest.mark.parametrize("below", ["", "/events", "/offset"])
 def test_other_partitions_are_not_found(api, name, below):
     assert code(api.ask("GET", f"/v1/partitions/{name}{below}")) == "not_found"
 
@@ -190,7 +212,8 @@ def test_events_as_lines(api):
     answer = api.ask("GET", "/v1/partitions/0/events")
     assert answer.content_type == b"application/x-ndjson"
     assert answer.body == b"".join(line(number) + b"\n" for number in range(10))
-    assert headers(answer) == {b"Penstock-Next-Offset": b"10", b"Penstock-End-Offset": b"10"}
+    offsets = {b"Penstock-Next-Offset": b"10", b"Penstock-End-Offset": b"10"}
+    assert headers(answer) == {b"Penstock-Hub": api.hub.id.encode(), **offsets}
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 10, 11])
@@ -264,6 +287,89 @@ def test_events_that_are_trimmed_or_not_there_yet(api):
     assert api.ask("GET", "/v1/partitions/0/events?from=start").body == line(1) + b"\n"
     beyond = api.ask("GET", "/v1/partitions/0/events?from=3")
     assert (beyond.status, code(beyond)) == (400, "offset_beyond_end")
+
+
+@pytest.mark.parametrize("size", [1, 1000, 4 << 20])
+def test_frames_by_bytes_are_one_read_of_the_hub(api, size):
+    for _ in range(4):
+        api.hub.put(0, [line(0)] * 30)
+    api.hub.cut()
+    answer = api.ask("GET", f"/v1/partitions/0/events?from=35&bytes={size}", accept=FRAMES.decode())
+    read = api.hub.read(0, "35", bytes_max=size)
+    assert split(answer.body) == list(read.frames)
+    assert headers(answer)[b"Penstock-Next-Offset"].decode() == read.next_offset
+
+
+@pytest.mark.parametrize(
+    ("at", "offset"),
+    [
+        ("1970-01-01T00:00:00Z", "0"),
+        ("2026-11-22T14:00:00.000Z", "0"),
+        ("2026-11-22T14:00:00.001Z", "1"),
+        ("2026-11-22T15:00:00.0005%2B01:00", "1"),
+        ("2026-11-22T14:00:10Z", "1"),
+        ("2026-11-22T14:00:10.001Z", "2"),
+        ("9999-12-31T23:59:59Z", "2"),
+    ],
+)
+def test_where_a_time_lies(at, offset):
+    api = Api()
+    api.clock = api.hub._clock = FakeClock(parse_timestamp("2026-11-22T14:00:00Z"))
+    assert timestamp(api.clock.now_ms()) == "2026-11-22T14:00:00.000Z"
+    api.hub.put(0, [line(0)])
+    api.clock.advance(10)
+    api.hub.put(0, [line(1)])
+    answer = api.ask("GET", f"/v1/partitions/0/offset?at={at}")
+    assert msgspec.json.decode(answer.body) == {"partition": 0, "offset": offset}
+
+
+@pytest.mark.parametrize(
+    "at", ["", "x", "2026-11-22", "2026-11-22T14:00:00", "1795356000", "2026-13-01T00:00:00Z", "%00"]
+)
+def test_what_is_no_time(api, at):
+    answer = api.ask("GET", f"/v1/partitions/0/offset?at={at}")
+    assert (answer.status, code(answer), msgspec.json.decode(answer.body)["parameter"]) == (400, "bad_parameter", "at")
+
+
+# Groups
+
+
+@pytest.mark.parametrize("path", ["/v1/partitions/1/events", "/v1/partitions/1"])
+def test_who_reads_is_heard_before_anything_is_given(api, path):
+    assert api.ask("GET", path, group="alarms;epoch=3;checkpoint=0").status == 200
+    assert api.ask("GET", path, group="$archive; epoch=4 ;checkpoint=1234").status == 200
+    assert api.ask("GET", path).status == 200
+    assert api.groups.heard_of == [("alarms", 1, 3, 0), ("$archive", 1, 4, 1234)]
+    api.groups.newest = 5
+    answer = api.ask("GET", path, group="alarms;epoch=4;checkpoint=0")
+    assert (answer.status, code(answer), msgspec.json.decode(answer.body)["last_epoch"]) == (409, "reader_fenced", 5)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        *(
+            "alarms",
+            "alarms;epoch=1",
+            "alarms;epoch=x;checkpoint=1",
+            "a;checkpoint=1;epoch=1",
+            "a;epoch=1;checkpoint=1;",
+        ),
+        *(f"{name};epoch=1;checkpoint=1" for name in ("", "a/b", ".", "é", "$", "a" * 65)),
+        *("a;epoch=-1;checkpoint=1", "a;epoch=1;checkpoint=1234567890123456789"),
+    ],
+)
+def test_a_header_that_names_no_group(api, group):
+    answer = api.ask("GET", "/v1/partitions/1/events", group=group)
+    assert (answer.status, code(answer)) == (400, "bad_header")
+    assert api.groups.heard_of == []
+
+
+def test_a_group_is_forgotten_on_request(admin):
+    assert code(admin.ask("DELETE", "/v1/groups/alarms")) == "not_found"
+    admin.groups.heard("alarms", 0, 1, 0)
+    assert admin.ask("DELETE", "/v1/groups/alarms").status == 200
+    assert Api().ask("DELETE", "/v1/groups/alarms").status == 404
 
 
 @pytest.mark.parametrize("query", ["from=-1", "from=x", "from=", "from=1.5", "from=²", "limit=0", "limit=10001", "limit=x",

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from penstock.errors import HubBroken, StorageFull
+from penstock.hub.groups import SEEN_MS, Progress, Reader, seen_at_ms
 from penstock.processor.lease import Lease, encode_lease, lease_name
 from penstock.server.housekeeping import CLOCK_DOUBTED_S, READER_LAG_MOST, Housekeeping
 from penstock.telemetry.log import open_log
@@ -23,9 +24,27 @@ class Usage(msgspec.Struct):
     reader_lag: int = 0
 
 
+class Groups:
+    """Groups in memory; `forget` as the hub's."""
+
+    def __init__(self) -> None:
+        self.known: list[Reader] = []
+
+    def all(self) -> list[Reader]:
+        return self.known
+
+    def forget(self, group: str, *, not_since_ms: int) -> bool:
+        mine = [reader for reader in self.known if reader.group == group]
+        if seen_at_ms(mine) >= not_since_ms:
+            return False
+        self.known = [reader for reader in self.known if reader.group != group]
+        return True
+
+
 class Hub(MemoryHub):
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(1, clock=clock)
+        self.groups = Groups()
         self.state = Usage()
         self.fails: Exception | None = None
         self.expired: list[bool] = []
@@ -73,6 +92,12 @@ class House:
         name = lease_name("$archive", 0)
         self.store.delete(name)
         self.store.create(name, encode_lease(Lease(0, owner, f"x-{number}", 1, str(number), number)), id=f"x-{number}")
+
+    def reads(self, number: int, *, group: str = "alarms", age_s: float = 0.0, epoch: int = 1) -> None:
+        """A group reads over HTTP, or did so some time ago."""
+        self.hub.groups.known = [reader for reader in self.hub.groups.known if reader.group != group]
+        at_ms = self.clock.now_ms() - round(age_s * 1000)
+        self.hub.groups.known.append(Reader(group, 0, Progress(epoch, number, at_ms)))
 
     def said(self) -> list[object]:
         return [line["event"] for line in self.lines.written]
@@ -159,6 +184,93 @@ def test_nothing_is_deleted_for_its_age_for_a_while_after_the_clock_was_set(seco
     assert house.hub.expired[-1]
     assert house.hub.bounds(0).first == 10
     assert house.said()[-1] == "Over."
+
+
+@pytest.mark.parametrize(("number", "first"), [(0, 0), (10, 10), (15, 10), (20, 20), (30, 20)])
+def test_what_a_group_has_not_read_over_http_stays_and_is_said_once(number: int, first: int) -> None:
+    house = House()
+    aged(house)
+    house.checkpoint(30)
+    house.reads(number)
+    house.keeping.round()
+    house.keeping.round()
+    assert house.hub.bounds(0).first == first
+    waits = "Retention waits for groups that read over HTTP: group alarms in partitions [0]."
+    assert house.said() == ([waits] if first < 20 else [])
+    house.reads(30)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 20
+
+
+def test_control_without_the_groups_what_they_have_not_read_would_be_gone() -> None:
+    house = House()
+    aged(house)
+    house.checkpoint(30)
+    house.reads(10)
+    reached = house.keeping._reached
+    house.keeping._reached = lambda partition, end: {"$archive": reached(partition, end)["$archive"]}  # type: ignore[method-assign]
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 20
+
+
+def test_a_group_that_was_not_heard_of_for_the_retention_is_forgotten() -> None:
+    house = House()
+    aged(house)
+    house.checkpoint(30)
+    silent_s = RETENTION_S + 2 * SEEN_MS / 1000
+    house.reads(10, age_s=silent_s)
+    house.reads(15, group="other", age_s=silent_s - 1)
+    house.keeping.round()
+    assert ([reader.group for reader in house.hub.groups.known], house.hub.bounds(0).first) == (["alarms", "other"], 10)
+    house.reads(15, group="other")
+    house.clock.advance(0.001)
+    house.keeping.round()
+    assert [reader.group for reader in house.hub.groups.known] == ["other"]
+    forgotten = [line for line in house.lines.written if "forgotten" in str(line["event"])]
+    assert [(line["group"], line["checkpoints"]) for line in forgotten] == [("alarms", {"0": 10})]
+    assert house.hub.bounds(0).first == 10
+
+
+def test_the_whole_group_is_heard_of_in_any_of_its_partitions() -> None:
+    """A partition that is parked is not read, and its events are still to come."""
+    house = House()
+    aged(house)
+    house.checkpoint(30)
+    house.reads(10, age_s=10 * RETENTION_S)
+    house.hub.groups.known.append(Reader("alarms", 1, Progress(1, 0, house.clock.now_ms())))
+    house.keeping.round()
+    assert (len(house.hub.groups.known), house.hub.bounds(0).first) == (2, 10)
+
+
+def test_nothing_is_forgotten_while_the_clock_is_doubted() -> None:
+    house = House()
+    aged(house)
+    house.checkpoint(30)
+    house.reads(10)
+    house.keeping.round()
+    house.clock.step(30 * 24 * 3600.0)
+    house.keeping.round()
+    assert len(house.hub.groups.known) == 1
+
+
+@pytest.mark.parametrize("age_s", [0.0, 100 * RETENTION_S])
+def test_an_archiver_that_reads_over_http_is_the_archive(age_s: float) -> None:
+    """With `--archive none` the log is the only copy of what it has not read, however long it is away."""
+    house = House(archived=False)
+    aged(house)
+    house.reads(10, group="$archive", age_s=age_s)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 10
+    assert house.said() == ["Retention waits for the archive in partitions [0]."]
+
+
+def test_where_an_archiver_runs_its_lease_says_more_than_what_was_read_over_http() -> None:
+    house = House()
+    aged(house)
+    house.checkpoint(30)
+    house.reads(10, group="$archive", age_s=100 * RETENTION_S)
+    house.keeping.round()
+    assert house.hub.bounds(0).first == 20
 
 
 def test_what_is_young_stays() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from penstock import errors
 from penstock.server.problems import problem, unexpected
+from penstock.wire.problem import rebuilt
 
 
 def tree(root: type[errors.PenstockError]) -> Iterator[type[errors.PenstockError]]:
@@ -32,6 +33,20 @@ def test_an_error_becomes_its_problem(kind):
         "retryable": kind.retryable,
         "limit_bytes": 7,
     }
+
+
+@pytest.mark.parametrize("kind", list(tree(errors.PenstockError)), ids=lambda kind: kind.__name__)
+def test_a_problem_becomes_its_error_again(kind):
+    error = rebuilt(problem(kind("What happened.", first="10", n=7)).body)
+    assert (type(error), error.detail, error.fields) == (kind, "What happened.", {"first": "10", "n": 7})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>", b"[]", b"{}", b'{"code":"new","detail":"x"}', b'{"code":"hub_error"}', b'{"code":7,"detail":"x"}'],
+)
+def test_what_is_no_problem_of_ours_becomes_no_error(body):
+    assert rebuilt(body) is None
 
 
 @pytest.mark.parametrize(("after_s", "header"), [(0.0, b"1"), (0.2, b"1"), (1.0, b"1"), (1.1, b"2"), (30, b"30")])

@@ -11,6 +11,7 @@ import pytest
 from penstock.blobs import Blob
 from penstock.errors import StoreUnavailable
 from penstock.files import Files
+from penstock.hub.groups import Progress, Reader
 from penstock.processor.lease import Lease, encode_lease, lease_name
 from penstock.server.parts import PartState, Retention, Run, read_runs, remove_dead, remove_run, write_run
 from penstock.server.status import RetentionStatus, build_status
@@ -25,8 +26,20 @@ class Usage(msgspec.Struct):
     full: bool
 
 
+class Groups:
+    def __init__(self) -> None:
+        self.known: list[Reader] = []
+
+    def all(self) -> list[Reader]:
+        return self.known
+
+
 class Hub(MemoryHub):
     used, limit, full = 50, 100, False
+
+    def __init__(self, partitions: int, *, clock: FakeClock) -> None:
+        super().__init__(partitions, clock=clock)
+        self.groups = Groups()
 
     def usage(self) -> Usage:
         return Usage(self.used, self.limit, self.full)
@@ -135,6 +148,22 @@ def test_a_hub_that_gets_nothing_does_not_get_full(tmp_path: Path) -> None:
     clock.advance(61)
     report = build_status(hub, MemoryBlobs(), run_folder=tmp_path, clock=clock)
     assert report.retention and report.retention.full_in_s is None
+
+
+def test_groups_that_read_over_http_are_shown(tmp_path: Path) -> None:
+    clock = FakeClock()
+    hub = Hub(2, clock=clock)
+    hub.put(1, [b'{"deviceId":"a"}'] * 10)
+    hub.put(1, [b'{"deviceId":"a"}'] * 10)
+    hub.trim(1, before="10")
+    at_ms = clock.now_ms()
+    hub.groups.known = [Reader("alarms", 0, Progress(2, 0, at_ms)), Reader("alarms", 1, Progress(3, 4, at_ms - 500))]
+    clock.advance(2)
+    report = build_status(hub, MemoryBlobs(), run_folder=tmp_path, clock=clock)
+    assert [msgspec.to_builtins(one) for one in report.groups] == [
+        {"group": "alarms", "partition": 0, "epoch": 2, "checkpoint": 0, "lag_events": 0, "age_s": 2.0},
+        {"group": "alarms", "partition": 1, "epoch": 3, "checkpoint": 4, "lag_events": 10, "age_s": 2.5},
+    ]
 
 
 def test_problems_are_named() -> None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from penstock.events import Frame
 
 _LINES_SHOWN = 3
-_FRAME_HEAD = 52
 
 
 @click.command()
@@ -75,13 +74,10 @@ def _kind(path: Path) -> str:
 def _frames(path: Path, lines: int) -> Iterator[dict[str, Any]]:
     from penstock.wire import frame
 
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-        # Header bytes and body bytes stand in the header: together they say where the next frame begins.
-        head = data[at : at + _FRAME_HEAD]
-        end = at + int.from_bytes(head[4:8], "little") + int.from_bytes(head[40:44], "little")
-        yield {"kind": "frame", "at": at, **_frame(frame.decode(data[at:end], where=f"{path}:{at}"), lines)}
-        at = end
+    at = 0
+    for part in frame.split(path.read_bytes()):
+        yield {"kind": "frame", "at": at, **_frame(frame.decode(part, where=f"{path}:{at}"), lines)}
+        at += len(part)
 
 
 def _frame(read: Frame, lines: int) -> dict[str, Any]:

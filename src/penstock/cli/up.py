@@ -40,7 +40,7 @@ def api(values: Values) -> None:
 @click.command()
 @settings("host")
 def host(values: Values) -> None:
-    """Run an archiver host alone, on the data folder of `up` or `api`. Any number share the partitions."""
+    """Run an archiver host alone, on the data folder of `up` or `api` or, with --hub, anywhere. Any number share the partitions."""
     from penstock.archive.ledger import claim
     from penstock.cli import wiring
     from penstock.clock import SystemClock, timestamp
@@ -48,14 +48,14 @@ def host(values: Values) -> None:
     from penstock.server.parts import PartState, Run, remove_run, write_run
 
     where, files, clock = wiring.layout(values), Files(), SystemClock()
-    name = wiring.host_name(values)
-    with wiring.reading_hub(where, values) as hub:
+    name, url = wiring.host_name(values), values.text("hub")
+    with wiring.host_hub(where, values, url) as hub:
         claim(wiring.open_store(where), hub, clock)
     _made(where)
     pid = os.getpid()
     write_run(where.run, files, Run(pid, "", "", [PartState(name, pid, timestamp(clock.now_ms()))]))
     try:
-        wiring.run_host(name, values, where, part=name)
+        wiring.run_host(name, values, where, part=name, url=url)
     finally:
         remove_run(where.run, files, pid)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -24,7 +23,7 @@ from penstock.cli.supervisor import EXIT_HUB_BROKEN
 from penstock.clock import Clock, SystemClock, timestamp
 from penstock.errors import NotFound, PenstockError, SettingsError, StorageFull
 from penstock.files import Files
-from penstock.hub import embedded
+from penstock.hub import Hub, embedded
 from penstock.hub.embedded import EmbeddedHub
 from penstock.processor.host import EventProcessorHost
 from penstock.server.app import App, Service, make_app, run_worker
@@ -100,6 +99,23 @@ def hub_of(known: Owner, where: Layout, values: Values) -> Iterator[EmbeddedHub 
         if hub.id != known.hub and values.source("data") != "default":
             raise SettingsError(f"The store {where.store} belongs to another hub than the one in {where.data}.")
         yield hub if hub.id == known.hub else None
+
+
+@contextlib.contextmanager
+def host_hub(where: Layout, values: Values, url: str) -> Iterator[Hub]:
+    """What a host reads: the hub of the API at `url`, else that of the data folder. Raises SettingsError, HubUnavailable."""
+    if not url:
+        with reading_hub(where, values) as hub:
+            yield hub
+        return
+    if not url.startswith(("http://", "https://")):
+        raise SettingsError(f"--hub {url}: this version knows http://HOST:PORT and https://HOST:PORT only.")
+    if values.source("store") == "default":
+        raise SettingsError("With --hub the store must be named: --store, the same for all hosts of this hub.")
+    from penstock.hub.remote import RemoteHub  # http.client and ssl, which workers do without
+
+    with RemoteHub(url) as remote:
+        yield remote
 
 
 def prepare(where: Layout, values: Values) -> None:
@@ -265,7 +281,13 @@ def _app(
 
     return make_app(
         ingest,
-        Reads(hub, status=status, producer=lambda producer: _producer(hub, producer), check=check),
+        Reads(
+            hub,
+            groups=hub.groups,
+            status=status,
+            producer=lambda producer: _producer(hub, producer),
+            check=check,
+        ),
         close=ingest.close,
         log=log,
     )
@@ -305,13 +327,13 @@ def _limits(values: Values) -> Limits:
     )
 
 
-def run_host(name: str, values: Values, where: Layout, *, part: str) -> int:
-    """An archiver host, from its start to its exit code."""
+def run_host(name: str, values: Values, where: Layout, *, part: str, url: str = "") -> int:
+    """An archiver host, from its start to its exit code. `url`: as for `host_hub`."""
     clock = SystemClock()
     log = part_log(part, values)
     store = open_store(where)
     stop = threading.Event()
-    with reading_hub(where, values) as hub:
+    with host_hub(where, values, url) as hub:
         host = EventProcessorHost(
             hub=hub,
             store=store,
@@ -322,6 +344,10 @@ def run_host(name: str, values: Values, where: Layout, *, part: str) -> int:
             lease_s=values.seconds("lease"),
             start=lambda partition: start(store, hub, partition),
         )
+        if url:
+            from penstock.hosting import announce
+
+            announce(hub, host, ARCHIVE_GROUP)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: host.ask_stop())
         factory = archivers(
@@ -345,7 +371,7 @@ def run_host(name: str, values: Values, where: Layout, *, part: str) -> int:
     return 0
 
 
-def _publish(hub: EmbeddedHub, store: DiskBlobs, clock: Clock, stop: threading.Event, log: Log) -> None:
+def _publish(hub: Hub, store: DiskBlobs, clock: Clock, stop: threading.Event, log: Log) -> None:
     """Hour manifests, soon after their hour is complete."""
     keeper = HourKeeper(hub, store)
     said = ""
@@ -367,4 +393,6 @@ def _publish(hub: EmbeddedHub, store: DiskBlobs, clock: Clock, stop: threading.E
 
 
 def host_name(values: Values) -> str:
-    return values.text("name") or f"{socket.gethostname()}-{secrets.token_hex(2)}"
+    from penstock.hosting import unique_name
+
+    return values.text("name") or unique_name()

@@ -1,4 +1,8 @@
-"""The hub: the service's durable, partitioned log. This is its whole contract; `embedded.py` keeps it in LMDB."""
+"""The hub: the service's durable, partitioned log. This is its whole contract.
+
+`Hub` is what everyone may do with it: read. `WholeHub` is what its owner may do too, the API workers: append, mark, delete.
+`embedded.py` keeps it in LMDB, `remote.py` reads one through the API of another process.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,10 @@ Refused = NumberReused | NumberTooOld | ProducerFenced
 
 
 class Hub(Protocol):
-    """Thread-safe. Offsets are opaque strings; sequence numbers are whole numbers that grow in a partition."""
+    """The reading half. Thread-safe. Offsets are opaque strings; sequence numbers are whole numbers that grow in a partition.
+
+    A hub that is reached over a network raises HubUnavailable from any of these when it does not answer.
+    """
 
     @property
     def id(self) -> str:
@@ -28,15 +35,6 @@ class Hub(Protocol):
         """How many partitions there are: fixed at creation, numbered from 0."""
         ...
 
-    def append(self, batches: Sequence[Batch]) -> Sequence[Appended | Refused]:
-        """Commit batches together; must not return before they are durable.
-
-        One answer for each batch in the same order: `Appended`, or the refusal of its producer number. A batch is stored
-        whole or not at all; a known one is answered as a duplicate. Raises NotConfirmed (StorageFull, HubUnavailable) or
-        HubBroken, and then no batch of the call counts as stored.
-        """
-        ...
-
     def read(self, partition: int, offset: str, *, bytes_max: int) -> Slice:
         """Whole frames and markers from `offset` on, at least one if there is any, then as many as fit `bytes_max`.
 
@@ -50,6 +48,19 @@ class Hub(Protocol):
 
     def locate(self, partition: int, at_ms: int) -> str:
         """Offset of the first frame or marker enqueued at or after `at_ms`; the end of the log if there is none."""
+        ...
+
+
+class WholeHub(Hub, Protocol):
+    """Both halves."""
+
+    def append(self, batches: Sequence[Batch]) -> Sequence[Appended | Refused]:
+        """Commit batches together; must not return before they are durable.
+
+        One answer for each batch in the same order: `Appended`, or the refusal of its producer number. A batch is stored
+        whole or not at all; a known one is answered as a duplicate. Raises NotConfirmed (StorageFull, HubUnavailable) or
+        HubBroken, and then no batch of the call counts as stored.
+        """
         ...
 
     def cut(self) -> Sequence[str]:

@@ -30,6 +30,7 @@ from penstock.errors import (
 from penstock.events import Appended, Batch, Bounds, FrameKind, Slice
 from penstock.hub import Refused
 from penstock.hub.commit import Commit, Positions
+from penstock.hub.groups import Groups
 from penstock.hub.layout import MARKER, META_HUB, META_POSITIONS, Databases, Meta, open_environment
 from penstock.hub.producers import WINDOW_MS, Producer, decode
 from penstock.hub.reading import (
@@ -108,6 +109,7 @@ class EmbeddedHub:
             self._env.close()
             raise SettingsError(f"There is no hub in {folder}: {error}.") from error
         self._writer = Writer(self._env, folder, clock, held)
+        self.groups = Groups(self._env, self._databases, self._writer, clock)
         self._resident = Resident(folder / "data.mdb", bytes_max=RESIDENT_BYTES_MAX)
         self._expired_key = b""
 
@@ -237,7 +239,8 @@ class EmbeddedHub:
             more = counts.delete() and counts.key() if of == partition else counts.next()
 
     def maintain(self, *, expire: bool = True) -> None:
-        """Once a second or so, from any one thread: time markers, dead readers, producers that were not heard of for 14 days.
+        """Once a second or so, from any one thread: time markers, dead readers, how far the groups that read over HTTP are, and
+        producers that were not heard of for 14 days.
 
         Without `expire` all producers are kept: for when the clock cannot be trusted.
         """
@@ -261,6 +264,7 @@ class EmbeddedHub:
                 for partition in range(self._meta.partitions):
                     commit.mark(partition, FrameKind.TIME_MARKER)
                 commit.finish()
+        self.groups.keep()
         if expire:
             self._expire(now_ms - WINDOW_MS)
 

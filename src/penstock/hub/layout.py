@@ -20,6 +20,7 @@ MARKER, EVENTS = 0, 1
 META_HUB = b"hub"
 META_POSITIONS = b"positions"
 META_COUNTERS = b"counters"
+META_READERS = b"reader/"
 FORMAT = 1
 
 

@@ -21,6 +21,7 @@ from penstock.errors import (
     OffsetBeyondEnd,
     OffsetTrimmed,
     PenstockError,
+    ReaderFenced,
     StoreUnavailable,
 )
 from penstock.events import Slice
@@ -130,6 +131,10 @@ class Pump:
             return self._step()
         except HubBroken:
             raise
+        except ReaderFenced as error:
+            # A newer epoch reads: the lease is lost, whether or not this host has seen that in the store.
+            self._log.warning("reader fenced", partition=self.partition, offset=self._offset, error=str(error))
+            self.stop(CloseReason.LEASE_LOST)
         except (OffsetTrimmed, OffsetBeyondEnd, FrameDamaged, ArchiveError) as error:
             self._park(error)
         except Exception as error:  # user code may raise anything

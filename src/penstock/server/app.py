@@ -94,11 +94,13 @@ def routes(ingest: Intake, reads: Reads, run: Callable[[Blocking], Action]) -> t
         Route(b"GET", b"/v1/partitions", run(reads.partitions), listen),
         Route(b"GET", b"/v1/partitions/{n}", run(reads.partition), listen),
         Route(b"GET", b"/v1/partitions/{n}/events", run(reads.events), listen),
+        Route(b"GET", b"/v1/partitions/{n}/offset", run(reads.offset), listen),
         Route(b"GET", b"/v1/producers/{id}", run(reads.producer), listen),
         Route(b"GET", b"/v1/status", run(reads.status), both),
         Route(b"GET", b"/health/live", lambda _request, _names, reply: reply(json({"ok": True})), both),
         Route(b"GET", b"/health/ready", run(reads.ready), both),
         Route(b"POST", b"/v1/cut", run(reads.cut), admin),
+        Route(b"DELETE", b"/v1/groups/{group}", run(reads.forget), admin),
     )
 
 

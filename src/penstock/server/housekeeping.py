@@ -1,7 +1,8 @@
 """What an API worker does for the hub beside intake, about once a second: markers, retention, alarms.
 
 Every worker does it, so it goes on when one hangs; doing it twice changes nothing. Retention deletes what is older than it
-*and* archived: the log is the only copy until an hour file is confirmed, and the checkpoint says that it is.
+*and* archived: the log is the only copy until an hour file is confirmed, and the checkpoint says that it is. It waits for the groups
+that read over HTTP too, until one was not heard of for as long as the retention; then that is forgotten.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import threading
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from penstock.archive.hours import archive_lease
+from penstock.archive.hours import ARCHIVE_GROUP, archive_lease
 from penstock.blobs import BlobStore
 from penstock.clock import Clock
 from penstock.errors import HubBroken, PenstockError
-from penstock.server.status import HubUsage, MeasuredHub
+from penstock.hub.groups import SEEN_MS, Reader, seen_at_ms
+from penstock.server.status import HubUsage, KnownGroups, MeasuredHub
 from penstock.telemetry.log import Log
 
 ROUND_S: Final = 1.0
@@ -30,7 +32,15 @@ class KeptUsage(HubUsage, Protocol):
         ...
 
 
+class KeptGroups(KnownGroups, Protocol):
+    def forget(self, group: str, *, not_since_ms: int) -> bool:
+        """Drop a group that was not heard of since. True if it is gone and was there."""
+        ...
+
+
 class KeptHub(MeasuredHub, Protocol):
+    @property
+    def groups(self) -> KeptGroups: ...
     def usage(self) -> KeptUsage: ...
     def maintain(self, *, expire: bool) -> None:
         """Time markers, dead readers; with `expire`, producers that were not heard of for long."""
@@ -38,7 +48,7 @@ class KeptHub(MeasuredHub, Protocol):
 
 
 class Housekeeping:
-    """`archived` is False with `--archive none`: then retention waits for an archiver only where one has the lease."""
+    """`archived` is False with `--archive none`: then retention waits for an archiver where one has the lease, or read over HTTP."""
 
     def __init__(
         self, hub: KeptHub, store: BlobStore, *, retention_s: float, archived: bool, clock: Clock, log: Log
@@ -79,8 +89,15 @@ class Housekeeping:
         )
         if not trusted:
             return
-        held = [partition for partition in range(self._hub.partitions()) if self._trim(partition)]
+        self._forget()
+        holding: dict[str, list[int]] = {}
+        for partition in range(self._hub.partitions()):
+            for group in self._trim(partition):
+                holding.setdefault(group, []).append(partition)
+        held = holding.pop(ARCHIVE_GROUP, [])
         self._say("held", f"Retention waits for the archive in partitions {held}." if held else "")
+        waits = "; ".join(f"group {group} in partitions {of}" for group, of in sorted(holding.items()))
+        self._say("groups", f"Retention waits for groups that read over HTTP: {waits}." if waits else "")
 
     def _clock_is_trusted(self) -> bool:
         """Not for a while after it was set: what is deleted for its age by a wrong clock does not come back."""
@@ -98,21 +115,49 @@ class Housekeeping:
             self._say("clock", "")
         return monotonic_s >= self._trusted_from_s
 
-    def _trim(self, partition: int) -> bool:
-        """True when events are older than the retention and not archived, so they stay."""
+    def _forget(self) -> None:
+        """The archive is never forgotten for its silence: while it is away the log is the only copy."""
+        groups: dict[str, list[Reader]] = {}
+        for reader in self._hub.groups.all():
+            groups.setdefault(reader.group, []).append(reader)
+        not_since_ms = self._clock.now_ms() - self._retention_ms - 2 * SEEN_MS
+        for group, readers in groups.items():
+            silent = group != ARCHIVE_GROUP and seen_at_ms(readers) < not_since_ms
+            if silent and self._hub.groups.forget(group, not_since_ms=not_since_ms):
+                self._log.warning(
+                    "A group was not heard of for as long as the retention: it is forgotten, and nothing waits for it.",
+                    group=group,
+                    checkpoints={reader.partition: reader.progress.checkpoint for reader in readers},
+                )
+
+    def _trim(self, partition: int) -> list[str]:
+        """Delete what is due. The groups for which more of it stays than the retention says; `$archive` for the archive."""
         oldest_ms = self._clock.now_ms() - self._retention_ms
         bounds = self._hub.bounds(partition)
         if bounds.enqueued_first_ms >= oldest_ms:
-            return False
+            return []
         # Offsets of the embedded hub are sequence numbers; they compare as numbers.
-        due = before = int(self._hub.locate(partition, oldest_ms))
+        due = int(self._hub.locate(partition, oldest_ms))
+        reached = self._reached(partition, bounds.next)
+        before = min([due, *reached.values()])
+        if before > bounds.first:
+            self._hub.trim(partition, before=str(before))
+        return [group for group, checkpoint in reached.items() if checkpoint < due]
+
+    def _reached(self, partition: int, end: int) -> dict[str, int]:
+        """How far each is that retention waits for."""
+        reached = {
+            reader.group: reader.progress.checkpoint
+            for reader in self._hub.groups.all()
+            # Where there is an archiver here its lease says more, and says it sooner.
+            if reader.partition == partition and not (self._archived and reader.group == ARCHIVE_GROUP)
+        }
         lease = archive_lease(self._store, partition)
         # Without an archiver here there may be hosts elsewhere: one that has the lease, or died with it.
         if self._archived or (lease is not None and lease.owner):
-            before = min(due, lease.sequence_number if lease and lease.sequence_number <= bounds.next else 0)
-        if before > bounds.first:
-            self._hub.trim(partition, before=str(before))
-        return before < due
+            checkpoint = lease.sequence_number if lease and lease.sequence_number <= end else 0
+            reached[ARCHIVE_GROUP] = min(checkpoint, reached.get(ARCHIVE_GROUP, checkpoint))
+        return reached
 
     def _say(self, what: str, sentence: str, error: Exception | None = None) -> None:
         """One line for each change of state."""

@@ -33,7 +33,7 @@ from penstock.errors import (
     PenstockError,
 )
 from penstock.events import Appended, Batch
-from penstock.hub import Hub, Refused
+from penstock.hub import Refused, WholeHub
 from penstock.server.message import Reply, Request, Response
 from penstock.server.problems import problem
 from penstock.wire.body import ndjson, unzip, unzipped_bytes
@@ -72,7 +72,7 @@ class Ingest:
 
     def __init__(
         self,
-        hub: Hub,
+        hub: WholeHub,
         router: Router,
         clock: Clock,
         log: Log,

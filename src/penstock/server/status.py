@@ -13,8 +13,9 @@ from penstock.blobs import BlobStore
 from penstock.clock import Clock, timestamp
 from penstock.errors import HubError, StoreError
 from penstock.events import Bounds
-from penstock.hub import Hub
+from penstock.hub import Hub, WholeHub
 from penstock.hub.embedded import FULL_AT
+from penstock.hub.groups import Reader
 from penstock.processor.lease import Lease, read_leases
 from penstock.server.parts import PartState, Retention, Run, read_runs
 
@@ -33,7 +34,15 @@ class HubUsage(Protocol):
     def full(self) -> bool: ...
 
 
-class MeasuredHub(Hub, Protocol):
+class KnownGroups(Protocol):
+    """The groups that read over HTTP (penstock.hub.groups)."""
+
+    def all(self) -> Sequence[Reader]: ...
+
+
+class MeasuredHub(WholeHub, Protocol):
+    @property
+    def groups(self) -> KnownGroups: ...
     def usage(self) -> HubUsage: ...
     def counters(self) -> Mapping[str, int]: ...
 
@@ -88,8 +97,19 @@ class Totals(msgspec.Struct, frozen=True):
     lag_events: int
 
 
+class GroupStatus(msgspec.Struct, frozen=True):
+    """A group that reads a partition over HTTP. `age_s` since it was heard of; that and the checkpoint may lag by seconds."""
+
+    group: str
+    partition: int
+    epoch: int
+    checkpoint: int
+    lag_events: int
+    age_s: float
+
+
 class Status(msgspec.Struct, frozen=True):
-    """`ok` is false when `problems` names any."""
+    """`ok` is false when `problems` names any. `groups` are those that read over HTTP."""
 
     ok: bool
     problems: Sequence[str]
@@ -102,6 +122,7 @@ class Status(msgspec.Struct, frozen=True):
     parts: Sequence[PartState]
     partitions: Sequence[PartitionStatus]
     retention: RetentionStatus | None = None
+    groups: Sequence[GroupStatus] = ()
 
 
 def build_status(hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock: Clock) -> Status:
@@ -132,6 +153,7 @@ def build_status(hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock:
         parts=[part for run in runs for part in run.parts],
         partitions=partitions,
         retention=_retention(hub, usage, partitions, retention, clock),
+        groups=[_group(reader, partitions[reader.partition], clock) for reader in hub.groups.all()],
     )
 
 
@@ -182,6 +204,18 @@ def _partition(
 
 def _bytes_each(bounds: Bounds) -> float:
     return bounds.bytes / max(1, bounds.next - bounds.first)
+
+
+def _group(reader: Reader, partition: PartitionStatus, clock: Clock) -> GroupStatus:
+    progress = reader.progress
+    return GroupStatus(
+        group=reader.group,
+        partition=reader.partition,
+        epoch=progress.epoch,
+        checkpoint=progress.checkpoint,
+        lag_events=max(0, partition.next - max(progress.checkpoint, partition.first)),
+        age_s=max(0.0, (clock.now_ms() - progress.seen_at_ms) / 1000),
+    )
 
 
 def _age_s(hub: Hub, partition: int, number: int, clock: Clock) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +34,7 @@ _TRAILER = struct.Struct("<II")
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]]', re.DOTALL)
 _COLON = re.compile(rb"[ \t\r]*+:[ \t\r]*+")
 HEADER_BYTES = _HEAD.size + _CRC.size + _REST.size
+_LENGTHS_AT = (4, 40)
 
 
 def member(ndjson: bytes) -> bytes:
@@ -148,6 +149,17 @@ def decode(data: bytes, *, where: str = "") -> Frame:
     )
 
 
+def split(data: bytes) -> Iterator[bytes]:
+    """The frames that lie one behind the other in `data`, each to be decoded; a rest that is none is for `decode` to refuse."""
+    at = 0
+    while at < len(data):
+        # Header bytes and body bytes stand in the header: together they say where the next frame begins.
+        size = sum(int.from_bytes(data[at + place : at + place + 4], "little") for place in _LENGTHS_AT)
+        end = at + max(size, HEADER_BYTES)
+        yield data[at:end]
+        at = end
+
+
 def _damaged(where: str, what: str) -> FrameDamaged:
     return FrameDamaged(
         f"A frame{' at ' + where if where else ''} is damaged: {what}. "
@@ -230,14 +242,20 @@ def fields_of(line: bytes) -> Iterator[tuple[str, int]]:
             yield msgspec.json.decode(text, type=str), colon.end()
 
 
-def _device(line: bytes, field: str) -> str:
+def _devices(lines: Sequence[bytes], field: str) -> list[str]:
+    """The device of each line."""
+    decode = device_decoder(field).decode
     try:
-        device: str = device_decoder(field).decode(line).device
+        return [decode(line).device for line in lines]
     except RecursionError:
         # How deep a decoder gets depends on the caller's stack, and the intake's was shorter.
-        begin = next(at for name, at in fields_of(line) if name == field)
-        value = _TOKEN.match(line, begin)
-        device = msgspec.json.decode(value[0] if value else b"", type=str)
+        return [_device(line, field) for line in lines]
+
+
+def _device(line: bytes, field: str) -> str:
+    begin = next(at for name, at in fields_of(line) if name == field)
+    value = _TOKEN.match(line, begin)
+    device: str = msgspec.json.decode(value[0] if value else b"", type=str)
     return device
 
 
@@ -252,12 +270,14 @@ def events(read: Slice) -> Iterator[Event]:
             raise FrameDamaged(
                 f"The frame at {frame.partition}/{frame.first} has {len(lines) - 1} lines, its header says {frame.count}."
             )
-        following = iter(lines)
-        number = frame.first
+        begin, at_ms = 0, frame.enqueued_at_ms
         for source in sources_of(frame):
-            for _ in range(source.count):
-                line = next(following)
-                if number >= start:
-                    device = _device(line, source.device_field)
-                    yield Event(device, line, number, str(number), frame.enqueued_at_ms, source.properties)
+            end = begin + source.count
+            wanted = lines[max(begin, start - frame.first) : end]
+            # All devices of a source in one go, and the fields by place: this is most of what an event costs its reader.
+            number = frame.first + end - len(wanted)
+            properties = source.properties
+            for line, device in zip(wanted, _devices(wanted, source.device_field), strict=True):
+                yield Event(device, line, number, str(number), at_ms, properties)
                 number += 1
+            begin = end

@@ -1,0 +1,327 @@
+"""`EventProcessorHost`: a group's processors on a hub that another machine serves, or that lies in a data folder of this one.
+
+    class Alarm:
+        def __init__(self, partition: int) -> None: ...
+        def process(self, events: Events) -> str | None: ...
+        def close(self, reason: CloseReason) -> None: ...          # may be left out
+
+    EventProcessorHost("http://127.0.0.1:8480", store="./leases", group="alarms").run(Alarm)
+
+Like cli/wiring.py, it only puts together what is made below; what hosts, leases and pumps do is in `processor/`. How to use it, and
+what is promised: docs/hosts.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol, Self, cast
+
+import msgspec
+
+from penstock.blobs import BlobStore
+from penstock.blobs.disk import DiskBlobs
+from penstock.blobs.probe import probe
+from penstock.clock import SystemClock
+from penstock.errors import SettingsError
+from penstock.events import Event, Frame, Slice
+from penstock.files import Files
+from penstock.hub import Hub
+from penstock.hub.remote import RemoteHub
+from penstock.processor import CloseReason
+from penstock.processor import host as processor_host
+from penstock.processor.pump import Log
+from penstock.telemetry.log import open_log
+from penstock.wire import frame
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Events:
+    """What `process` is given: iterates the `Event`s of one read, in order. It may be empty where the log has a marker.
+
+    `frames` are the same as they lie in the log, the first and only the first may begin before `offset`;
+    `penstock.wire.frame.content` gives the lines of one. `next_offset` is behind the last event, `end_offset` the end of the log.
+    """
+
+    def __init__(self, read: Slice) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[Event]:
+        return frame.events(self._read)
+
+    @property
+    def partition(self) -> int:
+        return self._read.partition
+
+    @property
+    def offset(self) -> str:
+        return self._read.offset
+
+    @property
+    def next_offset(self) -> str:
+        return self._read.next_offset
+
+    @property
+    def end_offset(self) -> str:
+        return self._read.end_offset
+
+    @property
+    def frames(self) -> Sequence[Frame]:
+        return self._read.frames
+
+
+class UserProcessor(Protocol):
+    """One instance for each partition, called from one thread. `close(reason)` is called last, if there is one."""
+
+    def process(self, events: Events) -> str | None:
+        """Returns the checkpoint: everything below this offset is done for good, and never comes again. None leaves it."""
+        ...
+
+
+Factory = Callable[[int], UserProcessor]
+Function = Callable[[Events], str | None]
+
+
+class PartitionState(msgspec.Struct, frozen=True):
+    """A partition that this host reads: `offset` is next; everything below the sequence number `checkpoint` is done for good.
+
+    `failures` are those of the user's code since the host began, `last_failure` the last of them. `parked` says why the partition
+    stands still, if it does: nothing of it is skipped, and it goes on in a host that is started anew.
+    """
+
+    partition: int
+    epoch: int
+    offset: str
+    checkpoint: int
+    stalled_s: float
+    parked: str | None
+    failures: int
+    last_failure: str | None
+
+
+class EventProcessorHost:
+    """One host of a consumer group. Hosts of one group share its partitions through leases in `store`, each partition read by one.
+
+    `hub` is the address of an API, or a data folder of this machine. `store` is where the group's leases and checkpoints lie, the same
+    for all its hosts; with a data folder it may be left out and is the installation's own. `name` must be the host's own (default:
+    machine and random digits). A partition without a lease begins at the oldest event that is kept, or, with `begin="end"`, with
+    the events to come. A lease that a host did not renew for `lease_s` is taken over. `log` takes what structlog's loggers take;
+    default: lines on standard error. Raises SettingsError.
+    """
+
+    def __init__(
+        self,
+        hub: str | Path,
+        *,
+        group: str,
+        store: str | Path | None = None,
+        name: str | None = None,
+        begin: Literal["start", "end"] = "start",
+        lease_s: float = 30.0,
+        log: Log | None = None,
+    ) -> None:
+        self.name = name or unique_name()
+        for what, text in (("group", group), ("host", self.name)):
+            if not _NAME.fullmatch(text):
+                raise SettingsError(f"The name of a {what} is at most 64 of A-Z a-z 0-9 . _ -, not {text!r}.")
+        self._url = str(hub) if "://" in str(hub) else None
+        if self._url is not None and store is None:
+            raise SettingsError(f"Where the leases of group {group} lie must be said: `store` is missing.")
+        self._data = Path(hub)
+        self._store = open_store(store if store is not None else self._data / "store")
+        self._store_name = str(store or self._data / "store")
+        self._group = group
+        self._begin = begin
+        self._lease_s = lease_s
+        self._log = log or open_log(self.name, clock=SystemClock(), level="info", stream=sys.stderr)
+        self._failures: dict[int, tuple[int, str]] = {}
+        self._open: set[_Fed] = set()
+        self._closing = contextlib.ExitStack()
+        self._host: processor_host.EventProcessorHost | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def run(self, processor: Factory | Function) -> None:
+        """`start`, then block until the host is stopped, or Ctrl-C. Raises what ended it, if that was not `stop`."""
+        try:
+            self._prepare().run(self._factory(processor))
+        finally:
+            self.stop()
+
+    def start(self, processor: Factory | Function) -> None:
+        """Begin in the background. `processor` is a class, made once for each partition with its number, or one function.
+
+        A host starts once. Raises HubUnavailable, StoreUnavailable when they do not answer, SettingsError when they are not usable.
+        """
+        self._prepare().start(self._factory(processor))
+
+    def ask_stop(self) -> None:
+        """Stop soon; does not wait, so a signal handler or a processor may call it."""
+        if self._host is not None:
+            self._host.ask_stop()
+
+    def stop(self) -> None:
+        """Close the processors, write their checkpoints, give the leases back. Waits for it, 5 s at most for a processor."""
+        if self._host is not None:
+            self._host.stop()
+            # A processor that did not end may still have a read under way, which would lose its map.
+            if not self._open:
+                self._closing.close()
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended the host, if it did not end on request."""
+        return self._host.error if self._host else None
+
+    def state(self) -> list[PartitionState]:
+        """The partitions that this host reads now."""
+        return [
+            PartitionState(
+                partition=pump.partition,
+                epoch=pump.epoch,
+                offset=pump.offset,
+                checkpoint=pump.checkpoint,
+                stalled_s=pump.stalled_s,
+                parked=pump.parked,
+                failures=self._failures.get(pump.partition, (0, ""))[0],
+                last_failure=self._failures[pump.partition][1] if pump.partition in self._failures else None,
+            )
+            for pump in (self._host.state() if self._host else ())
+        ]
+
+    def _prepare(self) -> processor_host.EventProcessorHost:
+        assert self._host is None, "a host starts once: make another"
+        with contextlib.ExitStack() as opened:
+            hub = opened.enter_context(self._open_hub())
+            probe(self._store, name=self._store_name)
+            self._host = processor_host.EventProcessorHost(
+                hub=hub,
+                store=self._store,
+                group=self._group,
+                name=self.name,
+                clock=SystemClock(),
+                log=self._log,
+                lease_s=self._lease_s,
+                start=_at_end(hub) if self._begin == "end" else None,
+            )
+            announce(hub, self._host, self._group)
+            self._closing = opened.pop_all()
+        return self._host
+
+    @contextlib.contextmanager
+    def _open_hub(self) -> Iterator[Hub]:
+        if self._url is not None:
+            with RemoteHub(self._url) as remote:
+                yield remote
+            return
+        from penstock.hub.embedded import EmbeddedHub  # hosts of other machines need no LMDB
+
+        folder = self._data / "hub"
+        if not (folder / "data.mdb").exists():
+            raise SettingsError(f"There is no hub in {self._data}: start one with `penstock up --data {self._data}`.")
+        with EmbeddedHub(folder, bytes_max=0, clock=SystemClock(), read_only=True) as embedded:
+            yield embedded
+
+    def _factory(self, processor: Factory | Function) -> Callable[[int], _Fed]:
+        kind = processor.func if isinstance(processor, functools.partial) else processor
+        function = cast(Function, processor)
+        make = cast(Factory, processor) if isinstance(kind, type) else lambda _partition: _Called(function)
+        return lambda partition: _Fed(make, partition, self._open, self._failed)
+
+    def _failed(self, partition: int, error: Exception) -> None:
+        count, _ = self._failures.get(partition, (0, ""))
+        self._failures[partition] = (count + 1, f"{type(error).__name__}: {error}")
+
+
+class _Called:
+    """One function as the processor of every partition."""
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+
+    def process(self, events: Events) -> str | None:
+        return self._function(events)
+
+
+class _Fed:
+    """Stands between a pump and the user's code of one partition, and counts what that raises."""
+
+    def __init__(
+        self, make: Factory, partition: int, opened: set[_Fed], failed: Callable[[int, Exception], None]
+    ) -> None:
+        self._partition = partition
+        self._opened = opened
+        self._failed = failed
+        with self._counted():
+            self._user = make(partition)
+        opened.add(self)
+
+    def process(self, events: Slice) -> str | None:
+        with self._counted():
+            checkpoint: object = self._user.process(Events(events))
+            if checkpoint is not None and not isinstance(checkpoint, str):
+                raise TypeError(
+                    f"process() must return the checkpoint, an offset such as events.next_offset, or None; not {checkpoint!r}"
+                )
+            return checkpoint
+
+    def close(self, reason: CloseReason) -> None:
+        self._opened.discard(self)
+        close = getattr(self._user, "close", None)
+        if close is not None:
+            with self._counted():
+                close(reason)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failed(self._partition, error)
+            raise
+
+
+def unique_name() -> str:
+    """A host's name that no other host has."""
+    return f"{socket.gethostname()}-{secrets.token_hex(4)}"
+
+
+def open_store(store: str | Path) -> BlobStore:
+    """The store at a folder or `file:///folder`. Raises SettingsError for any other address."""
+    text = str(store)
+    if "://" in text and not text.startswith("file:///"):
+        raise SettingsError(f"The store {text}: this version knows folders and file:///folder only.")
+    return DiskBlobs(Path(text.removeprefix("file://")), Files())
+
+
+def announce(hub: Hub, host: processor_host.EventProcessorHost, group: str) -> None:
+    """A hub that is read over HTTP learns which epoch reads a partition and how far it is."""
+    if not isinstance(hub, RemoteHub):
+        return
+
+    def position(partition: int) -> tuple[int, int] | None:
+        return next(((state.epoch, state.checkpoint) for state in host.state() if state.partition == partition), None)
+
+    hub.announce(group, position)
+
+
+def _at_end(hub: Hub) -> Callable[[int], tuple[str, int]]:
+    def start(partition: int) -> tuple[str, int]:
+        end = hub.bounds(partition).next
+        return str(end), end
+
+    return start
