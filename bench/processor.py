@@ -18,8 +18,9 @@ import msgspec
 
 import bench
 from bench.system import BenchError, System
-from penstock import EventProcessorHost
-from penstock.hosting import Events
+from penstock import EventProcessorHost, Events
+from penstock.clock import SystemClock
+from penstock.telemetry.log import open_log
 from penstock.wire.frame import content
 
 AS = ("frames", "events")
@@ -148,7 +149,8 @@ def take_events(events: Events) -> int:
 def read_all(job: Job) -> Read:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     counting = Counting(take_frames if job.shape == "frames" else take_events, job.events)
-    with EventProcessorHost(job.hub, store=job.store, group=job.shape, name="bench") as host:
+    quiet = open_log("bench", clock=SystemClock(), level="warning", stream=sys.stderr)
+    with EventProcessorHost(job.hub, store=job.store, group=job.shape, name="bench", log=quiet) as host:
         host.start(counting.process)
         if not counting.done.wait(_WITHIN_S / 2):
             raise BenchError(f"Not all events came: {counting.read()}; {host.state()}")

@@ -21,7 +21,7 @@ from penstock.hub.embedded import EmbeddedHub, create
 from penstock.processor import host as processor_host
 from penstock.processor import pump
 from penstock.processor.lease import Lease, decode_lease, lease_name
-from penstock.testing import MemoryLog
+from penstock.testing import FakeClock, MemoryBlobs, MemoryHub, MemoryLog
 from penstock.wire.frame import content
 from tests.hub.served import served
 from tests.processor.conftest import until
@@ -337,6 +337,16 @@ def test_a_processor_that_does_not_end_keeps_the_hub_open(bench: Bench, monkeypa
     until(lambda: not any(thread.name.startswith("pump-") for thread in threading.enumerate()))
     assert host.error is None
     host.stop()
+
+
+def test_a_processor_can_be_tested_in_memory() -> None:
+    hub, store, clock = MemoryHub(partitions=2), MemoryBlobs(), FakeClock(jumps=True)
+    hub.put(0, [b'{"deviceId":"d-1","temperature":21.4}'])
+    seen: list[tuple[int, Event]] = []
+    with EventProcessorHost(hub, store=store, group="alarms", clock=clock, log=MemoryLog()) as host:
+        host.start(functools.partial(Notes, into=seen))
+        until(lambda: [event.device for _, event in seen] == ["d-1"])
+    assert decode_lease(store.get(lease_name("alarms", 0)).body, 0).sequence_number == 1
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ import msgspec
 from penstock.blobs import BlobStore
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
-from penstock.clock import SystemClock
+from penstock.clock import Clock, SystemClock
 from penstock.errors import SettingsError
 from penstock.events import Event, Frame, Slice
 from penstock.files import Files
@@ -111,37 +111,40 @@ class EventProcessorHost:
     """One host of a consumer group. Hosts of one group share its partitions through leases in `store`, each partition read by one.
 
     `hub` is the address of an API, or a data folder of this machine. `store` is where the group's leases and checkpoints lie, the same
-    for all its hosts; with a data folder it may be left out and is the installation's own. `name` must be the host's own (default:
-    machine and random digits). A partition without a lease begins at the oldest event that is kept, or, with `begin="end"`, with
-    the events to come. A lease that a host did not renew for `lease_s` is taken over. `log` takes what structlog's loggers take;
-    default: lines on standard error. Raises SettingsError.
+    for all its hosts; with a data folder it may be left out and is the installation's own. Tests hand in hub, store and clock ready-made
+    (penstock.testing). `name` must be the host's own (default: machine and random digits). A partition without a lease begins at the
+    oldest event that is kept, or, with `begin="end"`, with the events to come. A lease that a host did not renew for `lease_s` is taken
+    over. `log` takes what structlog's loggers take; default: lines on standard error. Raises SettingsError.
     """
 
     def __init__(
         self,
-        hub: str | Path,
+        hub: str | Path | Hub,
         *,
         group: str,
-        store: str | Path | None = None,
+        store: str | Path | BlobStore | None = None,
         name: str | None = None,
         begin: Literal["start", "end"] = "start",
         lease_s: float = 30.0,
         log: Log | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.name = name or unique_name()
         for what, text in (("group", group), ("host", self.name)):
             if not _NAME.fullmatch(text):
                 raise SettingsError(f"The name of a {what} is at most 64 of A-Z a-z 0-9 . _ -, not {text!r}.")
-        self._url = str(hub) if "://" in str(hub) else None
-        if self._url is not None and store is None:
+        if store is None and isinstance(hub, str | Path) and "://" not in str(hub):
+            store = Path(hub) / "store"
+        if store is None:
             raise SettingsError(f"Where the leases of group {group} lie must be said: `store` is missing.")
-        self._data = Path(hub)
-        self._store = open_store(store if store is not None else self._data / "store")
-        self._store_name = str(store or self._data / "store")
+        self._hub = hub
+        self._store = open_store(store) if isinstance(store, str | Path) else store
+        self._store_name = str(store)
+        self._clock = clock or SystemClock()
         self._group = group
         self._begin = begin
         self._lease_s = lease_s
-        self._log = log or open_log(self.name, clock=SystemClock(), level="info", stream=sys.stderr)
+        self._log = log or open_log(self.name, clock=self._clock, level="info", stream=sys.stderr)
         self._failures: dict[int, tuple[int, str]] = {}
         self._open: set[_Fed] = set()
         self._closing = contextlib.ExitStack()
@@ -213,7 +216,7 @@ class EventProcessorHost:
                 store=self._store,
                 group=self._group,
                 name=self.name,
-                clock=SystemClock(),
+                clock=self._clock,
                 log=self._log,
                 lease_s=self._lease_s,
                 start=_at_end(hub) if self._begin == "end" else None,
@@ -224,17 +227,19 @@ class EventProcessorHost:
 
     @contextlib.contextmanager
     def _open_hub(self) -> Iterator[Hub]:
-        if self._url is not None:
-            with RemoteHub(self._url) as remote:
+        if not isinstance(self._hub, str | Path):
+            yield self._hub
+        elif "://" in str(self._hub):
+            with RemoteHub(str(self._hub)) as remote:
                 yield remote
-            return
-        from penstock.hub.embedded import EmbeddedHub  # hosts of other machines need no LMDB
+        else:
+            from penstock.hub.embedded import EmbeddedHub  # hosts of other machines need no LMDB
 
-        folder = self._data / "hub"
-        if not (folder / "data.mdb").exists():
-            raise SettingsError(f"There is no hub in {self._data}: start one with `penstock up --data {self._data}`.")
-        with EmbeddedHub(folder, bytes_max=0, clock=SystemClock(), read_only=True) as embedded:
-            yield embedded
+            data = Path(self._hub)
+            if not (data / "hub" / "data.mdb").exists():
+                raise SettingsError(f"There is no hub in {data}: start one with `penstock up --data {data}`.")
+            with EmbeddedHub(data / "hub", bytes_max=0, clock=self._clock, read_only=True) as embedded:
+                yield embedded
 
     def _factory(self, processor: Factory | Function) -> Callable[[int], _Fed]:
         kind = processor.func if isinstance(processor, functools.partial) else processor

@@ -2,7 +2,7 @@
 
 hub, store, clock = MemoryHub(partitions=2), MemoryBlobs(), FakeClock()
 hub.put(0, [b'{"deviceId":"d-1","temperature":21.4}'])
-host = EventProcessorHost(hub=hub, store=store, group="alarms", name="host-1", clock=clock, log=MemoryLog())
+host = EventProcessorHost(hub, store=store, group="alarms", clock=clock, log=MemoryLog())
 host.start(Alarm)
 """
 

@@ -61,6 +61,15 @@ def test_a_new_epoch_is_on_disk_before_its_first_answer(tmp_path: Path, clock: F
             hub.groups.heard("alarms", 1, 2, 40)
 
 
+def test_control_an_epoch_that_is_only_noted_is_lost_with_its_process(tmp_path: Path, clock: FakeClock) -> None:
+    with opened(tmp_path / "hub", clock) as hub:
+        hub.groups.heard("alarms", 1, 1, 0)
+        hub.groups._begin = lambda *_: None  # type: ignore[method-assign]
+        hub.groups.heard("alarms", 1, 3, 0)
+    with opened(tmp_path / "hub", clock) as hub:
+        hub.groups.heard("alarms", 1, 2, 0)
+
+
 def test_an_older_epoch_is_refused_and_changes_nothing(hub: EmbeddedHub) -> None:
     hub.groups.heard("alarms", 0, 3, 40)
     with pytest.raises(ReaderFenced) as fenced:

@@ -23,6 +23,7 @@ from penstock.errors import (
     SettingsError,
 )
 from penstock.events import Bounds, Slice
+from penstock.hub import groups
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.hub.remote import BYTES_MAX, RemoteHub
 from penstock.testing import FakeClock, MemoryHub
@@ -219,11 +220,11 @@ def test_a_host_that_stops_waits_for_nobody(hub: MemoryHub) -> None:
 
 
 def test_it_says_who_reads(hub: MemoryHub) -> None:
-    groups = NoGroups()
-    with served(hub, groups) as url, RemoteHub(url, patience_s=0.0) as far:
+    heard = NoGroups()
+    with served(hub, heard) as url, RemoteHub(url, patience_s=0.0) as far:
         far.bounds(0)
         far.read(0, "0", bytes_max=1)
-        assert groups.heard_of == []
+        assert heard.heard_of == []
         leases = {0: (3, 20)}
         far.announce("alarms", leases.get)
         far.bounds(0)
@@ -231,10 +232,13 @@ def test_it_says_who_reads(hub: MemoryHub) -> None:
         far.read(0, "20", bytes_max=1)
         far.read(1, "0", bytes_max=1)
         far.locate(0, 0)
-    assert groups.heard_of == [("alarms", 0, 3, 20), ("alarms", 1, 0, 0), ("alarms", 0, 3, 20)]
+    assert heard.heard_of == [("alarms", 0, 3, 20), ("alarms", 1, 0, 0), ("alarms", 0, 3, 20)]
 
 
-def test_an_older_epoch_reads_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refused", [True, False], ids=["refused", "control: not refused"])
+def test_an_older_epoch_reads_nothing(tmp_path: Path, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not refused:
+        monkeypatch.setattr(groups, "after", lambda _kept, now: now)
     clock = FakeClock()
     create(tmp_path, partitions=1, period_s=60, bytes_max=64 << 20, clock=clock)
     with (
@@ -247,9 +251,12 @@ def test_an_older_epoch_reads_nothing(tmp_path: Path) -> None:
         new.announce("alarms", lambda _: (2, 0))
         old.read(0, "0", bytes_max=1)
         new.read(0, "0", bytes_max=1)
-        with pytest.raises(ReaderFenced) as fenced:
+        if refused:
+            with pytest.raises(ReaderFenced) as fenced:
+                old.read(0, "0", bytes_max=1)
+            assert fenced.value.fields == {"last_epoch": 2}
+        else:
             old.read(0, "0", bytes_max=1)
-        assert fenced.value.fields == {"last_epoch": 2}
         new.read(0, "0", bytes_max=1)
 
 

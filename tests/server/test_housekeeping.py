@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from penstock.errors import HubBroken, StorageFull
+from penstock.events import Batch
+from penstock.events import Group as EventGroup
+from penstock.hub.embedded import EmbeddedHub, create
 from penstock.hub.groups import SEEN_MS, Progress, Reader, seen_at_ms
 from penstock.processor.lease import Lease, encode_lease, lease_name
 from penstock.server.housekeeping import CLOCK_DOUBTED_S, READER_LAG_MOST, Housekeeping
@@ -211,6 +215,29 @@ def test_control_without_the_groups_what_they_have_not_read_would_be_gone() -> N
     house.keeping._reached = lambda partition, end: {"$archive": reached(partition, end)["$archive"]}  # type: ignore[method-assign]
     house.keeping.round()
     assert house.hub.bounds(0).first == 20
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "control: does not wait"])
+def test_retention_of_the_embedded_hub_waits_for_a_group(tmp_path: Path, waits: bool) -> None:
+    clock, store, line = FakeClock(jumps=True), MemoryBlobs(), b'{"deviceId":"a"}\n'
+    create(tmp_path, partitions=1, period_s=3600, bytes_max=64 << 20, clock=clock)
+    with EmbeddedHub(tmp_path, bytes_max=64 << 20, clock=clock) as hub:
+        log = open_log("api-0", clock=clock, level="info", stream=Lines())  # type: ignore[arg-type]
+        keeping = Housekeeping(hub, store, retention_s=RETENTION_S, archived=False, clock=clock, log=log)
+        for number in (1, 2):
+            hub.append([Batch("p", 1, number, 10, (EventGroup(0, 10, line * 10),))])
+        if waits:
+            hub.groups.heard("alarms", 0, 1, 0)
+            hub.groups.heard("alarms", 0, 1, 10)
+        clock.advance(RETENTION_S + 1)
+        keeping.round()
+        assert hub.bounds(0).first == (10 if waits else 20)
+        clock.advance(RETENTION_S + 1)
+        if waits:
+            assert hub.read(0, "10", bytes_max=1).next_offset == "20"
+            keeping.round()
+            keeping.round()
+        assert (hub.groups.all(), hub.bounds(0).first) == ([], 20)
 
 
 def test_a_group_that_was_not_heard_of_for_the_retention_is_forgotten() -> None:

@@ -29,6 +29,7 @@ from penstock.wire.frame import (
     member_crc,
     pack_sources,
     sources_of,
+    split,
 )
 
 GOLDEN = Path(__file__).parent.parent / "data" / "frames"
@@ -266,3 +267,19 @@ def test_frames_of_the_past_are_read(path: Path) -> None:
 def test_there_are_frames_of_the_past_of_every_kind() -> None:
     kinds = {json.loads(path.read_text())["kind"] for path in GOLDEN.glob("*.json")}
     assert kinds == {kind.name for kind in FrameKind}
+
+
+@given(st.lists(st.builds(frame_of, st.lists(sources, min_size=1, max_size=2), zipped=st.booleans()), max_size=4))
+@settings(deadline=None, max_examples=30)
+def test_frames_that_lie_one_behind_the_other_are_told_apart(frames: list[Frame]) -> None:
+    assert [decode(part) for part in split(b"".join(map(encode, frames)))] == frames
+
+
+@pytest.mark.parametrize("rest", [b"P", b"PF" + bytes(50), bytes(200)])
+def test_what_lies_behind_frames_and_is_none_is_refused(rest: bytes) -> None:
+    whole = encode(frame_of([Source("p", 1, 1, 2)], zipped=False))
+    first, *others = split(whole + rest)
+    assert first == whole
+    assert b"".join(others) == rest
+    with pytest.raises(FrameDamaged):
+        decode(others[0])

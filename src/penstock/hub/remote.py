@@ -93,7 +93,11 @@ class RemoteHub:
         self._lock = threading.Lock()
         self._group: tuple[str, Position] | None = None
         self._id = ""
-        about = self._json("/v1/partitions", _Partitions, {})
+        try:
+            about = self._json("/v1/partitions", _Partitions, {})
+        except BaseException:
+            self.close()
+            raise
         self._id, self._period_s, self._count = about.hub, about.period_s, len(about.partitions)
 
     def __enter__(self) -> Self:
