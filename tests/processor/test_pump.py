@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from penstock.errors import ArchiveError, FrameDamaged, HubBroken, OffsetTrimmed, PenstockError, StoreUnavailable
+from penstock.errors import (
+    ArchiveError,
+    FrameDamaged,
+    HubBroken,
+    OffsetTrimmed,
+    PenstockError,
+    ReaderFenced,
+    StoreUnavailable,
+)
 from penstock.events import FrameKind, Slice
 from penstock.processor import CloseReason
 from penstock.processor.lease import Start, Writer, claim, decode_lease, lease_name, take_over
@@ -134,6 +142,24 @@ def test_a_failure_starts_a_new_processor_at_the_checkpoint(stage: Stage) -> Non
     assert stage.closed == [CloseReason.FAILED] * 2
     assert [fields["tries"] for _, said, fields in stage.log.lines if said == "processor failed"] == [1, 2]
     assert stage.log.count("processor failed", partition=0) == 2
+
+
+def test_a_reader_that_is_fenced_has_lost_its_lease(stage: Stage) -> None:
+    """A hub that is read over HTTP may know it sooner than the store says it. It is no fault of the processor, and parks nothing."""
+    stage.put(2)
+    stage.pump.start()
+    until(lambda: stage.checkpoint() == 2)
+    read = stage.hub.read
+
+    def fenced(*_: object, **__: object) -> Slice:
+        raise ReaderFenced("Epoch 2 reads.", last_epoch=2)
+
+    stage.hub.read = fenced  # type: ignore[method-assign]
+    until(stage.pump.ended.is_set, each=stage.tick)
+    stage.hub.read = read  # type: ignore[method-assign]
+    assert (stage.closed, stage.pump.parked, stage.fatal) == ([CloseReason.LEASE_LOST], None, [])
+    assert stage.log.count("reader fenced", partition=0) == 1
+    assert (stage.checkpoint(), stage.seen) == (2, [0, 1])
 
 
 def test_a_processor_that_always_fails_is_parked(stage: Stage) -> None:

@@ -14,7 +14,7 @@ from penstock.events import Group as EventGroup
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.hub.groups import SEEN_MS, Progress, Reader, seen_at_ms
 from penstock.processor.lease import Lease, encode_lease, lease_name
-from penstock.server.housekeeping import CLOCK_DOUBTED_S, READER_LAG_MOST, Housekeeping
+from penstock.server.housekeeping import CLOCK_DOUBTED_S, LISTENED_S, READER_LAG_MOST, Housekeeping
 from penstock.telemetry.log import open_log
 from penstock.testing import FakeClock, MemoryBlobs, MemoryHub
 
@@ -256,6 +256,20 @@ def test_a_group_that_was_not_heard_of_for_the_retention_is_forgotten() -> None:
     forgotten = [line for line in house.lines.written if "forgotten" in str(line["event"])]
     assert [(line["group"], line["checkpoints"]) for line in forgotten] == [("alarms", {"0": 10})]
     assert house.hub.bounds(0).first == 10
+
+
+@pytest.mark.parametrize("retention_s", [RETENTION_S, 7 * 24 * 3600.0])
+def test_a_group_that_could_not_be_heard_is_not_forgotten_at_once(retention_s: float) -> None:
+    """The API was away for longer than the retention, and its groups have had no time to come back."""
+    house = House()
+    house.keeping._retention_ms = round(retention_s * 1000)
+    house.reads(10, age_s=2 * retention_s)
+    house.clock.advance(min(retention_s, LISTENED_S) - 1)
+    house.keeping.round()
+    assert len(house.hub.groups.known) == 1
+    house.clock.advance(1)
+    house.keeping.round()
+    assert house.hub.groups.known == []
 
 
 def test_the_whole_group_is_heard_of_in_any_of_its_partitions() -> None:

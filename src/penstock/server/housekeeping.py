@@ -23,6 +23,8 @@ ROUND_S: Final = 1.0
 READER_LAG_MOST: Final = 10_000
 CLOCK_MOVES_MOST_S: Final = 60.0
 CLOCK_DOUBTED_S: Final = 3600.0
+LISTENED_S: Final = 3600.0
+"""A group is forgotten only by a worker that has listened for so long, or for the retention: the API may have been away, not the group."""
 
 
 class KeptUsage(HubUsage, Protocol):
@@ -62,6 +64,7 @@ class Housekeeping:
         self._said: dict[str, str] = {}
         self._ahead_s = clock.now_ms() / 1000 - clock.monotonic()
         self._trusted_from_s = clock.monotonic()
+        self._listening_since_s = clock.monotonic()
 
     def run(self, stop: threading.Event, broken: Callable[[HubBroken], None]) -> None:
         """Until `stop` is set. `broken` is called, and it ends, when the hub's storage failed."""
@@ -117,6 +120,8 @@ class Housekeeping:
 
     def _forget(self) -> None:
         """The archive is never forgotten for its silence: while it is away the log is the only copy."""
+        if self._clock.monotonic() - self._listening_since_s < min(LISTENED_S, self._retention_ms / 1000):
+            return
         groups: dict[str, list[Reader]] = {}
         for reader in self._hub.groups.all():
             groups.setdefault(reader.group, []).append(reader)
