@@ -114,6 +114,7 @@ def test_damage_on_the_way_is_not_damage_of_the_log(hub: MemoryHub) -> None:
         ({"Content-Type": "text/html"}, "not as a hub of Penstock"),
         ({"Content-Type": "application/x-ndjson"}, "not as a hub of Penstock"),
         ({"Penstock-Hub": None}, "not as a hub of Penstock"),
+        ({"Penstock-Next-Offset": None}, "damaged or contradicts"),
         ({"Penstock-End-Offset": None}, "damaged or contradicts"),
     ],
 )
@@ -133,6 +134,26 @@ def test_frames_of_another_place_are_not_taken(hub: MemoryHub, offset: str) -> N
         for partition, start in ((0, offset), (1, "0")):
             with pytest.raises(HubUnavailable, match="comes behind"):
                 far.read(partition, start, bytes_max=1 << 20)
+
+
+@pytest.mark.parametrize("body", [b" ", b"[]", b"{}", b'{"offset":7}', b'{"offset":"7"', b"\xff"])
+def test_json_that_is_not_what_was_asked_for(body: bytes) -> None:
+    with Scripted() as server, RemoteHub(server.url, patience_s=0.0) as far:
+        server.json = body
+        for ask in (lambda: far.locate(0, 0), lambda: far.bounds(0)):
+            with pytest.raises(HubUnavailable, match="damaged or contradicts"):
+                ask()
+        server.json = b'{"partition":0,"first":0,"next":0,"bytes":0,"enqueued_first":"yesterday","enqueued_last":null}'
+        with pytest.raises(HubUnavailable, match="damaged or contradicts"):
+            far.bounds(0)
+
+
+def test_an_answer_with_nothing_though_the_log_goes_on_is_not_taken(hub: MemoryHub) -> None:
+    """Taken for the end of the log it would be asked for for ever, in silence."""
+    with Scripted() as server, RemoteHub(server.url, patience_s=0.0) as far:
+        server.headers["Penstock-Next-Offset"] = "10"
+        with pytest.raises(HubUnavailable, match="from 10 to 10, and the log ends at 30"):
+            far.read(0, "10", bytes_max=1 << 20)
 
 
 def test_another_hub_at_the_same_address_is_refused(hub: MemoryHub) -> None:
@@ -280,6 +301,7 @@ class Scripted:
             "Penstock-End-Offset": "30",
         }
         self.events = b""
+        self.json = b""
         self.fault = ""
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._connections: list[socket.socket] = []
@@ -324,7 +346,7 @@ class Scripted:
         one = b'{"partition":0,"first":0,"next":30,"bytes":1,"enqueued_first":null,"enqueued_last":null}'
         bodies = {b"/v1/partitions": b'{"hub":"%s","period_s":1,"partitions":[%s,%s]}' % (b"0" * 32, one, one)}
         is_events = b"/events" in path
-        body = self.events if is_events else bodies.get(path, one)
+        body = self.events if is_events else self.json or bodies.get(path, one)
         kind = "application/vnd.penstock.frames" if is_events else "application/json"
         length = {"cut short": len(body) + 1, "too long": 1 << 40}.get(self.fault, len(body))
         headers = {"Content-Type": kind, "Content-Length": str(length), **self.headers}

@@ -94,7 +94,7 @@ class RemoteHub:
         self._group: tuple[str, Position] | None = None
         self._id = ""
         try:
-            about = self._json("/v1/partitions", _Partitions, {})
+            about = self._get("/v1/partitions", JSON, {}, lambda a: msgspec.json.decode(a.body, type=_Partitions))
         except BaseException:
             self.close()
             raise
@@ -134,31 +134,31 @@ class RemoteHub:
     def read(self, partition: int, offset: str, *, bytes_max: int) -> Slice:
         query = urlencode({"from": offset, "bytes": min(max(bytes_max, 1), BYTES_MAX)})
         headers = {"Accept": FRAMES, **self._reader(partition, asks=False)}
-        answer = self._get(f"/v1/partitions/{partition}/events?{query}", FRAMES, headers)
-        try:
+
+        def understood(answer: _Answer) -> Slice:
             frames = [frame.decode(part) for part in frame.split(answer.body)]
             end = answer.headers["penstock-end-offset"]
             following = _checked(partition, int(offset), frames, int(end))
-        except (FrameDamaged, ValueError, KeyError) as error:
-            self._wrong(
-                f"what it gave of partition {partition} from {offset} on is damaged or contradicts itself", error
-            )
-        if answer.headers.get("penstock-next-offset") != following:
-            self._wrong(
-                f"what it gave of partition {partition} from {offset} on ends at {following}, and it says otherwise"
-            )
-        return Slice(partition, offset, frames, following, end)
+            if answer.headers["penstock-next-offset"] != following:
+                raise ValueError(f"it goes to {following}, and says otherwise")
+            return Slice(partition, offset, frames, following, end)
+
+        return self._get(f"/v1/partitions/{partition}/events?{query}", FRAMES, headers, understood)
 
     def bounds(self, partition: int) -> Bounds:
-        found = self._json(f"/v1/partitions/{partition}", _Partition, self._reader(partition, asks=True))
-        try:
-            first_ms, last_ms = (parse_timestamp(at) if at else 0 for at in (found.enqueued_first, found.enqueued_last))
-        except ValueError as error:
-            self._wrong("a time in its answer is none", error)
-        return Bounds(found.first, found.next, found.bytes, first_ms, last_ms)
+        def understood(answer: _Answer) -> Bounds:
+            found = msgspec.json.decode(answer.body, type=_Partition)
+            times = (found.enqueued_first, found.enqueued_last)
+            first_ms, last_ms = (parse_timestamp(at) if at else 0 for at in times)
+            return Bounds(found.first, found.next, found.bytes, first_ms, last_ms)
+
+        return self._get(f"/v1/partitions/{partition}", JSON, self._reader(partition, asks=True), understood)
 
     def locate(self, partition: int, at_ms: int) -> str:
-        return self._json(f"/v1/partitions/{partition}/offset?at={quote(timestamp(at_ms))}", _Offset, {}).offset
+        def understood(answer: _Answer) -> str:
+            return msgspec.json.decode(answer.body, type=_Offset).offset
+
+        return self._get(f"/v1/partitions/{partition}/offset?at={quote(timestamp(at_ms))}", JSON, {}, understood)
 
     def _reader(self, partition: int, *, asks: bool) -> Mapping[str, str]:
         """Who reads. `asks` where to begin: then it may have no lease yet, and says so by epoch 0."""
@@ -168,25 +168,25 @@ class RemoteHub:
         found = position(partition) or ((0, 0) if asks else None)
         return {"Penstock-Group": f"{group};epoch={found[0]};checkpoint={found[1]}"} if found else {}
 
-    def _json(self, path: str, kind: type[T], headers: Mapping[str, str]) -> T:
-        answer = self._get(path, JSON, {"Accept": JSON, **headers})
-        try:
-            return msgspec.json.decode(answer.body, type=kind)
-        except msgspec.MsgspecError as error:
-            self._wrong(f"its answer to {path} is not what this version knows", error)
-
-    def _get(self, path: str, kind: str, headers: Mapping[str, str]) -> _Answer:
+    def _get(self, path: str, kind: str, headers: Mapping[str, str], understood: Callable[[_Answer], T]) -> T:
+        """What `understood` makes of the answer. Raises what the API says is wrong, or HubUnavailable when patience has ended."""
         until = self._clock.monotonic() + self._patience_s
         while True:
             try:
-                return self._get_once(path, kind, headers)
+                answer = self._checked_answer(path, kind, headers)
+                try:
+                    return understood(answer)
+                except (FrameDamaged, ValueError, KeyError) as error:  # msgspec's errors are ValueErrors
+                    raise HubUnavailable(
+                        f"The answer of {self._where} to {path} is damaged or contradicts itself: {error}."
+                    ) from error
             except HubUnavailable:
                 if self._closed.is_set() or self._clock.monotonic() >= until:
                     raise
             self._clock.wait(self._closed, RETRY_S)
 
-    def _get_once(self, path: str, kind: str, headers: Mapping[str, str]) -> _Answer:
-        """A 200 of this very hub. Raises what the API says is wrong, or HubUnavailable."""
+    def _checked_answer(self, path: str, kind: str, headers: Mapping[str, str]) -> _Answer:
+        """A 200 of this very hub."""
         answer = self._exchange(self._base + path, headers)
         is_ours = answer.headers.get("content-type") == kind and "penstock-hub" in answer.headers
         if answer.status != 200 or not is_ours:
@@ -235,7 +235,10 @@ class RemoteHub:
             connection.close()
             raise
         with self._lock:
-            self._idle.append(connection)
+            if self._closed.is_set():
+                connection.close()
+            else:
+                self._idle.append(connection)
         return _Answer(response.status, fields, b"".join(parts))
 
     def _error(self, answer: _Answer) -> PenstockError:
@@ -252,9 +255,6 @@ class RemoteHub:
     def _unanswered(self, error: Exception) -> NoReturn:
         raise HubUnavailable(f"{self._where} gives no answer: {error or type(error).__name__}.") from error
 
-    def _wrong(self, what: str, error: Exception | None = None) -> NoReturn:
-        raise HubUnavailable(f"{self._where} was not understood: {what}{f' ({error})' if error else ''}.") from error
-
 
 def _checked(partition: int, start: int, frames: list[Frame], end: int) -> str:
     """The offset behind frames that must be a whole piece of the log at `start`. Raises ValueError."""
@@ -264,6 +264,6 @@ def _checked(partition: int, start: int, frames: list[Frame], end: int) -> str:
         if read.partition != partition or not goes_on:
             raise ValueError(f"frame {read.partition}/{read.first} comes behind {partition}/{reached}")
         reached = max(start, read.next)
-    if reached > end:
-        raise ValueError(f"it goes to {reached}, and the log ends at {end}")
+    if reached > end or reached == start < end:
+        raise ValueError(f"it goes from {start} to {reached}, and the log ends at {end}")
     return str(reached)
