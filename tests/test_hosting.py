@@ -18,6 +18,7 @@ from penstock.clock import SystemClock
 from penstock.errors import SettingsError
 from penstock.events import Batch, Event, Group
 from penstock.hub.embedded import EmbeddedHub, create
+from penstock.hub.remote import RemoteHub
 from penstock.processor import host as processor_host
 from penstock.processor import pump
 from penstock.processor.lease import Lease, decode_lease, lease_name
@@ -186,23 +187,30 @@ def test_the_hub_learns_who_reads_and_how_far_it_is(bench: Bench, hub: EmbeddedH
         until(lambda: known() == {0: ("g", 1, 5), 1: ("g", 1, 5)})
 
 
-def test_a_group_holds_the_log_before_it_has_read_anything(bench: Bench, hub: EmbeddedHub) -> None:
+@pytest.mark.parametrize("asks", [True, False], ids=["asks", "control: does not say who asks"])
+def test_a_group_holds_the_log_before_it_has_read_anything(
+    bench: Bench, hub: EmbeddedHub, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the moment on when a host asks where to begin: what it is told is not deleted before it gets there."""
+    if not asks:
+        reader = RemoteHub._reader
+        monkeypatch.setattr(RemoteHub, "_reader", lambda self, partition, *, asks: reader(self, partition, asks=False))
     bench.fill(hub, 5)
-    hold, asked = threading.Event(), threading.Event()
+    hold, reads = threading.Event(), threading.Event()
     heard = hub.groups.heard
 
     def slow(group: str, partition: int, epoch: int, checkpoint: int) -> None:
-        heard(group, partition, epoch, checkpoint)
         if epoch:
-            asked.set()
+            reads.set()
             assert hold.wait(10)
+        heard(group, partition, epoch, checkpoint)
 
     hub.groups.heard = slow  # type: ignore[method-assign]
     with bench.host() as host:
         host.start(lambda events: events.next_offset)
-        assert asked.wait(10)
-        assert {reader.progress.checkpoint for reader in hub.groups.all()} == {0}
+        assert reads.wait(10)
+        known = [(reader.group, reader.progress.epoch, reader.progress.checkpoint) for reader in hub.groups.all()]
+        assert ("g", 0, 0) in known if asks else known == []
         hold.set()
 
 

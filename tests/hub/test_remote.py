@@ -163,6 +163,10 @@ def test_another_hub_at_the_same_address_is_refused(hub: MemoryHub) -> None:
         with pytest.raises(HubError, match="and not 0000") as refused:
             far.read(0, "0", bytes_max=1)
         assert not refused.value.retryable
+        # Control: it is the identity alone that tells it.
+        far._id = ""
+        server.events = b"".join(encode(frame) for frame in hub.read(0, "0", bytes_max=1 << 20).frames)
+        assert far.read(0, "0", bytes_max=1 << 20).next_offset == "30"
 
 
 @pytest.mark.parametrize("how", ["reset", "cut short", "too long", "no http"])
