@@ -29,7 +29,7 @@ import msgspec
 from penstock.blobs import BlobStore
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
-from penstock.clock import Clock, SystemClock
+from penstock.clock import SystemClock
 from penstock.errors import SettingsError
 from penstock.events import Event, Frame, Slice
 from penstock.files import Files
@@ -111,7 +111,7 @@ class EventProcessorHost:
     """One host of a consumer group. Hosts of one group share its partitions through leases in `store`, each partition read by one.
 
     `hub` is the address of an API, or a data folder of this machine. `store` is where the group's leases and checkpoints lie, the same
-    for all its hosts; with a data folder it may be left out and is the installation's own. Tests hand in hub, store and clock ready-made
+    for all its hosts; with a data folder it may be left out and is the installation's own. Tests hand in hub and store ready-made
     (penstock.testing). `name` must be the host's own (default: machine and random digits). A partition without a lease begins at the
     oldest event that is kept, or, with `begin="end"`, with the events to come. A lease that a host did not renew for `lease_s` is taken
     over. `log` takes what structlog's loggers take; default: lines on standard error. Raises SettingsError.
@@ -127,7 +127,6 @@ class EventProcessorHost:
         begin: Literal["start", "end"] = "start",
         lease_s: float = 30.0,
         log: Log | None = None,
-        clock: Clock | None = None,
     ) -> None:
         self.name = name or unique_name()
         for what, text in (("group", group), ("host", self.name)):
@@ -140,7 +139,7 @@ class EventProcessorHost:
         self._hub = hub
         self._store = open_store(store) if isinstance(store, str | Path) else store
         self._store_name = str(store)
-        self._clock = clock or SystemClock()
+        self._clock = SystemClock()
         self._group = group
         self._begin = begin
         self._lease_s = lease_s

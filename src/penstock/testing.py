@@ -1,9 +1,9 @@
 """Fakes to test processors and everything else with: a clock that jumps, stores and files that fail, a hub in memory.
 
-hub, store, clock = MemoryHub(partitions=2), MemoryBlobs(), FakeClock()
+hub = MemoryHub(partitions=2)
 hub.put(0, [b'{"deviceId":"d-1","temperature":21.4}'])
-host = EventProcessorHost(hub, store=store, group="alarms", clock=clock, log=MemoryLog())
-host.start(Alarm)
+with EventProcessorHost(hub, store=MemoryBlobs(), group="alarms", log=MemoryLog()) as host:
+    host.start(Alarm)
 """
 
 from __future__ import annotations
