@@ -37,6 +37,7 @@ from penstock.hub import Hub
 from penstock.hub.remote import RemoteHub
 from penstock.processor import CloseReason
 from penstock.processor import host as processor_host
+from penstock.processor.lease import Start
 from penstock.processor.pump import Log
 from penstock.telemetry.log import open_log
 from penstock.wire import frame
@@ -323,9 +324,9 @@ def announce(hub: Hub, host: processor_host.EventProcessorHost, group: str) -> N
     hub.announce(group, position)
 
 
-def _at_end(hub: Hub) -> Callable[[int], tuple[str, int]]:
-    def start(partition: int) -> tuple[str, int]:
+def _at_end(hub: Hub) -> Callable[[int], Start]:
+    def start(partition: int) -> Start:
         end = hub.bounds(partition).next
-        return str(end), end
+        return Start(str(end), end)
 
     return start

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from penstock.errors import ArchiveError, LostRace
+from penstock.errors import ArchiveError, LostRace, ReaderFenced
 from penstock.events import Slice
 from penstock.processor import CloseReason
 from penstock.processor.host import EventProcessorHost
@@ -430,6 +430,24 @@ def test_an_idle_partition_is_not_stuck(one: World) -> None:
         one.pass_time(LEASE_S / 3, a)
         until(lambda: a.host._pumps[0].stalled_s() < one.clock.monotonic() - before)  # noqa: B023
     assert a.partitions() == [0]
+
+
+def test_an_epoch_that_the_hub_has_seen_is_passed_over(one: World) -> None:
+    """Somebody deleted the lease, and its epochs began anew; a hub that is read over HTTP knows later ones."""
+    read = one.hub.read
+
+    def fencing(partition: int, offset: str, *, bytes_max: int) -> Slice:
+        if a.host.epoch(partition) < 8:
+            raise ReaderFenced("epoch 7 reads", last_epoch=7)
+        return read(partition, offset, bytes_max=bytes_max)
+
+    one.hub.read = fencing  # type: ignore[method-assign]
+    one.put(count=2)
+    a = one.member("a")
+    a.round()
+    until(lambda: a.log.count("reader fenced", partition=0) == 1)
+    until(lambda: a.seen[0] == [0, 1], each=one.nudge(a))
+    assert one.lease().epoch == 8
 
 
 @pytest.mark.parametrize("body", [b"rubbish", b"", b"{}", b"x" * 1_000_000, b'{"PartitionId": 0'])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,7 @@ from penstock.errors import (
     ArchiveError,
     FrameDamaged,
     HubBroken,
+    HubUnavailable,
     OffsetTrimmed,
     PenstockError,
     ReaderFenced,
@@ -142,6 +144,24 @@ def test_a_failure_starts_a_new_processor_at_the_checkpoint(stage: Stage) -> Non
     assert stage.closed == [CloseReason.FAILED] * 2
     assert [fields["tries"] for _, said, fields in stage.log.lines if said == "processor failed"] == [1, 2]
     assert stage.log.count("processor failed", partition=0) == 2
+
+
+def test_a_hub_that_does_not_answer_costs_the_processor_nothing(stage: Stage) -> None:
+    read, asked = stage.hub.read, itertools.count()
+
+    def sometimes(partition: int, offset: str, *, bytes_max: int) -> Slice:
+        if next(asked) in range(1, 6):
+            raise HubUnavailable("nobody answers")
+        return read(partition, offset, bytes_max=bytes_max)
+
+    stage.hub.read = sometimes  # type: ignore[method-assign]
+    stage.put()
+    stage.pump.start()
+    until(lambda: stage.checkpoint() == 1, each=stage.tick)
+    stage.put()
+    until(lambda: stage.checkpoint() == 2, each=stage.tick)
+    assert (stage.made, stage.closed) == (1, []), "the processor that there was goes on"
+    assert stage.log.count("hub does not answer", partition=0) == 1
 
 
 def test_a_reader_that_is_fenced_has_lost_its_lease(stage: Stage) -> None:

@@ -77,6 +77,7 @@ class EventProcessorHost:
         self._cool_until: dict[int, float] = {}
         self._troubles: set[tuple[int | None, str]] = set()
         self._epochs: dict[int, int] = {}
+        self._fenced: dict[int, int] = {}
         self._watch = Watch(
             store,
             group,
@@ -242,6 +243,7 @@ class EventProcessorHost:
     def _give_back(self, pump: Pump, reason: CloseReason, why: str) -> None:
         # Others need a chance to take it before we do: they look every third of a lease time.
         self._cool_until[pump.partition] = self._clock.monotonic() + 2 * self._lease_s
+        self._fenced[pump.partition] = pump.fenced
         self._let_go(pump, reason)
         self._log.error(why, partition=pump.partition, offset=pump.offset, stalled_s=round(pump.stalled_s(), 1))
         self._release(pump)
@@ -310,10 +312,14 @@ class EventProcessorHost:
 
     def _claimed(self, partition: int, seen: Seen | None) -> Holding:
         if seen is not None:
-            return take_over(self._store, self._clock, self._group, seen.lease, seen.etag, self._writer)
+            least = self._fenced.get(partition, 0) + 1
+            return take_over(
+                self._store, self._clock, self._group, seen.lease, seen.etag, self._writer, epoch_least=least
+            )
         # An epoch that was seen never comes again, not even when somebody deleted the lease.
         start = self._start(partition)
-        start = start._replace(epoch=max(start.epoch, self._epochs.get(partition, 0) + 1))
+        before = max(self._epochs.get(partition, 0), self._fenced.get(partition, 0))
+        start = start._replace(epoch=max(start.epoch, before + 1))
         return claim(self._store, self._clock, self._group, partition, self._writer, start=start)
 
     def _first_kept(self, partition: int) -> Start:

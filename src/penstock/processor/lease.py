@@ -226,13 +226,15 @@ def claim(store: BlobStore, clock: Clock, group: str, partition: int, writer: Wr
     return Holding(store, clock, name, writer, lease, made.etag, since=since)
 
 
-def take_over(store: BlobStore, clock: Clock, group: str, seen: Lease, etag: str, writer: Writer) -> Holding:
+def take_over(
+    store: BlobStore, clock: Clock, group: str, seen: Lease, etag: str, writer: Writer, *, epoch_least: int = 1
+) -> Holding:
     """Take a lease as it was seen, from wherever it stands. The epoch grows unless the owner's name stays.
 
     Raises LostRace (also when it was deleted since), StoreUnavailable.
     """
     name, since = lease_name(group, seen.partition), clock.monotonic()
-    epoch = seen.epoch if seen.owner == writer.owner else seen.epoch + 1
+    epoch = max(seen.epoch if seen.owner == writer.owner else seen.epoch + 1, epoch_least)
     lease = msgspec.structs.replace(seen, owner=writer.owner, token=writer.token(), epoch=epoch)
     try:
         etag = store.replace(name, encode_lease(lease), etag=etag, id=_id(lease))

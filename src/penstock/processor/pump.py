@@ -17,6 +17,7 @@ from penstock.errors import (
     ArchiveError,
     FrameDamaged,
     HubBroken,
+    HubUnavailable,
     LostRace,
     OffsetBeyondEnd,
     OffsetTrimmed,
@@ -30,6 +31,7 @@ from penstock.processor import CloseReason, Processor, ProcessorFactory
 from penstock.processor.lease import Holding
 
 POLL_S = 0.25
+HUB_PAUSE_S = 2.0
 READ_BYTES_MAX = 1 << 20
 TRIES = 5
 BACKOFF_S_MAX = 30.0
@@ -60,6 +62,7 @@ class Pump:
         self.partition = holding.lease.partition
         self.holding = holding
         self.ended = threading.Event()
+        self.fenced = 0
         self._hub = hub
         self._factory = factory
         self._clock = clock
@@ -72,7 +75,7 @@ class Pump:
         self._offset = holding.lease.offset
         self._markers: tuple[object, ...] = ()
         self._due: str | None = None
-        self._checkpoint_waits = False
+        self._checkpoint_waits = self._hub_waits = False
         self._parked: str | None = None
         self._failures = 0
         self._tries = 0
@@ -132,7 +135,10 @@ class Pump:
         except HubBroken:
             raise
         except ReaderFenced as error:
-            # A newer epoch reads: the lease is lost, whether or not this host has seen that in the store.
+            # A newer epoch reads: the lease is lost, whether or not this host has seen that in the store. If it has not, because somebody
+            # deleted the lease and its epochs began anew, the next one must lie behind those that the hub knows.
+            last = error.fields.get("last_epoch")
+            self.fenced = last if isinstance(last, int) else 0
             self._log.warning("reader fenced", partition=self.partition, offset=self._offset, error=str(error))
             self.stop(CloseReason.LEASE_LOST)
         except (OffsetTrimmed, OffsetBeyondEnd, FrameDamaged, ArchiveError) as error:
@@ -143,7 +149,17 @@ class Pump:
 
     def _step(self) -> float:
         self._settle()
-        events = self._hub.read(self.partition, self._offset, bytes_max=READ_BYTES_MAX)
+        try:
+            events = self._hub.read(self.partition, self._offset, bytes_max=READ_BYTES_MAX)
+        except HubUnavailable as error:
+            # The processor has done nothing wrong and keeps what it has; the offset is the same.
+            if not self._hub_waits:
+                self._log.warning(
+                    "hub does not answer", partition=self.partition, offset=self._offset, error=str(error)
+                )
+            self._hub_waits = True
+            return HUB_PAUSE_S
+        self._hub_waits = False
         markers = _markers_at_end(events)
         # Markers take no sequence number: they are found again at the same offset, and then are nothing new.
         if events.next_offset == self._offset and markers == self._markers:
