@@ -39,6 +39,7 @@ check: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python -m bench $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m bench.hosts && $(BIN)/python -m bench.balance)
 
 sim: .venv/.dev
 	$(if $(SEED),PENSTOCK_SIM_SEED=$(SEED)) $(BIN)/python -m pytest -q tests/sim

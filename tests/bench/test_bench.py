@@ -104,13 +104,30 @@ def test_a_refused_batch_is_sent_again_under_its_number(tmp_path: Path, lost: in
     assert bool(wrong_counts([of_load], of_load.accepted, 0, numbered=True)) is bool(lost)
 
 
+def bench(*words: str) -> subprocess.CompletedProcess[bytes]:
+    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, timeout=200)
+
+
+def test_many_hosts_on_a_simulated_clock() -> None:
+    done = bench("bench.balance", "--partitions", "24", "--hosts", "8")
+    assert done.returncode == 0, done.stderr.decode()
+    lines = [line for line in done.stdout.decode().splitlines() if "Penstock" in line or "EventProcessorHost" in line]
+    assert len(lines) == 8, "four phases of either rule"
+
+
+def test_take_over_and_catch_up(tmp_path: Path) -> None:
+    done = bench("bench.hosts", "--lease", "2", "--seconds", "1", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"hand-over on a clean stop" in done.stdout and b"catch-up" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"bodies"}
+
+
 def test_one_second_of_everything(tmp_path: Path) -> None:
     small = "--seconds 1 --warm-up 0.2 --floor-seconds 0.1 --bodies 4 --events-per-batch 100 --workers 2 --partitions 4"
     client = "--client-events 400 --spool-bytes 1000000 --processor-events 400"
-    words = [sys.executable, "-m", "bench", *small.split(), *client.split(), "--period", "1s"]
-    words += ["--folder", str(tmp_path), "--json", "-"]
-    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, timeout=200)
+    done = bench("bench", *small.split(), *client.split(), "--period", "1s", "--folder", str(tmp_path), "--json", "-")
     assert done.returncode == 0, done.stderr.decode()
     report = json.loads(done.stdout)
     assert report["ok"] is True
