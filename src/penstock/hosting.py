@@ -20,6 +20,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self, cast
@@ -211,6 +212,7 @@ class EventProcessorHost:
         with contextlib.ExitStack() as opened:
             hub = opened.enter_context(self._open_hub())
             probe(self._store, name=self._store_name)
+            pool = opened.enter_context(ThreadPoolExecutor(processor_host.RENEWALS_AT_ONCE, "renew"))
             self._host = processor_host.EventProcessorHost(
                 hub=hub,
                 store=self._store,
@@ -220,6 +222,7 @@ class EventProcessorHost:
                 log=self._log,
                 lease_s=self._lease_s,
                 start=_at_end(hub) if self._begin == "end" else None,
+                each=pool.map,
             )
             announce(hub, self._host, self._group)
             self._closing = opened.pop_all()

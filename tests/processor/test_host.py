@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -430,6 +431,30 @@ def test_an_idle_partition_is_not_stuck(one: World) -> None:
         one.pass_time(LEASE_S / 3, a)
         until(lambda: a.host._pumps[0].stalled_s() < one.clock.monotonic() - before)  # noqa: B023
     assert a.partitions() == [0]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_store_that_is_slow_with_one_lease_keeps_no_other_from_renewal(many: World, at_once: bool) -> None:
+    """Case 49. Without several at once, the negative control, the others wait for the slow one."""
+    renewed: list[str] = []
+    others = threading.Event()
+
+    def slow(operation: str, name: str) -> None:
+        if operation == "replace":
+            if name == "_leases/g/0.json" and at_once:
+                assert others.wait(20), "the others are not renewed meanwhile"
+            renewed.append(name)
+            if len(renewed) == 15:
+                others.set()
+
+    with ThreadPoolExecutor(4) as pool:
+        a = many.member("a", **({"each": pool.map} if at_once else {}))
+        a.round()
+        for pump in a.host._pumps.values():
+            pump.holding._store = FaultyBlobs(many.store, slow)
+        many.pass_time(LEASE_S / 3, a)
+    first = list(a.host._pumps).index(0)
+    assert renewed.index("_leases/g/0.json") == (15 if at_once else first)
 
 
 def test_an_epoch_that_the_hub_has_seen_is_passed_over(one: World) -> None:

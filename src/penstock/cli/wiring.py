@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from penstock.errors import NotFound, PenstockError, SettingsError, StorageFull
 from penstock.files import Files
 from penstock.hub import Hub, embedded
 from penstock.hub.embedded import EmbeddedHub
-from penstock.processor.host import EventProcessorHost
+from penstock.processor.host import RENEWALS_AT_ONCE, EventProcessorHost
 from penstock.server.app import App, Service, make_app, run_worker
 from penstock.server.housekeeping import Housekeeping
 from penstock.server.ingest import Ingest
@@ -333,7 +334,7 @@ def run_host(name: str, values: Values, where: Layout, *, part: str, url: str = 
     log = part_log(part, values)
     store = open_store(where)
     stop = threading.Event()
-    with host_hub(where, values, url) as hub:
+    with host_hub(where, values, url) as hub, ThreadPoolExecutor(RENEWALS_AT_ONCE, "renew") as pool:
         host = EventProcessorHost(
             hub=hub,
             store=store,
@@ -343,6 +344,7 @@ def run_host(name: str, values: Values, where: Layout, *, part: str, url: str = 
             log=log,
             lease_s=values.seconds("lease"),
             start=lambda partition: start(store, hub, partition),
+            each=pool.map,
         )
         if url:
             from penstock.hosting import announce

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import msgspec
 
@@ -27,6 +27,7 @@ from penstock.processor.pump import Log, Pump
 from penstock.processor.watch import LOOKS, Seen, Watch
 
 STOP_S_MAX = 5.0
+RENEWALS_AT_ONCE = 8
 WAKE_S = 0.5
 
 
@@ -41,11 +42,32 @@ class PumpState(msgspec.Struct, frozen=True):
     parked: str | None
 
 
+class Each(Protocol):
+    """Does something with each of some things, in any order or all at once, and gives the results in theirs."""
+
+    def __call__(
+        self, act: Callable[[Pump], StoreError | None], over: Sequence[Pump], /
+    ) -> Iterable[StoreError | None]: ...
+
+
+def one_by_one(act: Callable[[Pump], StoreError | None], over: Sequence[Pump]) -> list[StoreError | None]:
+    return [act(pump) for pump in over]
+
+
+def _renewed(pump: Pump) -> StoreError | None:
+    """Renew; what went wrong, if anything did. A store that is slow with one lease must not keep the others waiting."""
+    try:
+        pump.holding.renew()
+    except (LostRace, StoreUnavailable) as error:
+        return error
+    return None
+
+
 class EventProcessorHost:
     """Runs a processor for each partition of `group` that it gets.
 
     `start` says where a partition begins that has no lease (default: at the first event kept).
-    A pump without progress for `stuck_s` (default: ten lease times) gives its lease back.
+    A pump without progress for `stuck_s` (default: ten lease times) gives its lease back. `each` may renew several leases at once.
     """
 
     def __init__(
@@ -61,8 +83,10 @@ class EventProcessorHost:
         stuck_s: float | None = None,
         start: Callable[[int], Start] | None = None,
         instance: str | None = None,
+        each: Each = one_by_one,
     ) -> None:
         self.name = name
+        self._each = each
         self._hub = hub
         self._store = store
         self._group = group
@@ -157,16 +181,14 @@ class EventProcessorHost:
     def round(self, factory: ProcessorFactory) -> None:
         """Renew what is due, look at the rest, take what `plan` says. The thread does it `LOOKS` times in a lease time."""
         self._leaving = {p: pump for p, pump in self._leaving.items() if not pump.ended.is_set()}
-        for pump in list(self._pumps.values()):
-            self._tend(pump)
+        self._renew([pump for pump in list(self._pumps.values()) if self._is_due(pump)])
         try:
             touched = self._watch.look({p: pump.holding.lease.token for p, pump in self._pumps.items()})
         except StoreError as error:
             self._trouble(None, "leases not listed", error)
             return
         self._well(None, "leases not listed")
-        for partition in touched:
-            self._renew(self._pumps[partition])
+        self._renew([self._pumps[partition] for partition in touched])
         for partition in self._chosen():
             if self._stop.is_set():
                 return
@@ -201,26 +223,24 @@ class EventProcessorHost:
             self._shut()
             self._done.set()
 
-    def _tend(self, pump: Pump) -> None:
-        """Renew three times in a lease time, unless the lease is lost already or has to be given back."""
+    def _is_due(self, pump: Pump) -> bool:
+        """Whether to renew: three times in a lease time, and when the lease is lost. Gives back what has to be given back."""
         if pump.holding.held and pump.ended.is_set():
             self._give_back(pump, CloseReason.FAILED, "processor ended")
-            return
+            return False
         if pump.holding.held and pump.stalled_s() > self._stuck_s:
             self._give_back(pump, CloseReason.STUCK, "processor stuck")
-            return
-        if not pump.holding.held or pump.holding.age_s() >= self._lease_s / 3:
-            self._renew(pump)
+            return False
+        return not pump.holding.held or pump.holding.age_s() >= self._lease_s / 3
 
-    def _renew(self, pump: Pump) -> None:
-        try:
-            pump.holding.renew()
-        except LostRace:
-            self._lost(pump)
-        except StoreUnavailable as error:
-            self._trouble(pump.partition, "lease not renewed", error)
-        else:
-            self._well(pump.partition, "lease not renewed")
+    def _renew(self, pumps: Sequence[Pump]) -> None:
+        for pump, error in zip(pumps, self._each(_renewed, pumps), strict=True):
+            if isinstance(error, LostRace):
+                self._lost(pump)
+            elif error is not None:
+                self._trouble(pump.partition, "lease not renewed", error)
+            else:
+                self._well(pump.partition, "lease not renewed")
 
     def _lost(self, pump: Pump) -> None:
         doubt = pump.holding.in_doubt(self._lease_s)
