@@ -21,10 +21,16 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ .venv/.all
 
+# The tests install it too if it is missing; without npm they are skipped by name, or fail with REQUIRE_ALL=1.
+AZURITE := $(shell sed -n 's/^AZURITE = "\(.*\)"/\1/p' tests/emulators.py)
+.venv/.azurite: tests/emulators.py | $(BIN)/python
+	@! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix .venv/azurite $(AZURITE) || echo "Azurite cannot be installed." >&2
+	@touch $@
+
 run: .venv/.all
 	@exec $(BIN)/penstock up
 
-test: .venv/.dev
+test: .venv/.dev .venv/.azurite
 	$(BIN)/python -m pytest
 
 fmt: .venv/.dev

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
+
+from tests import emulators
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 
@@ -30,3 +32,17 @@ def pytest_make_collect_report(
         report.outcome = "failed"
         report.longrepr = f"skipped, but REQUIRE_ALL=1: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulators.Emulator]:
+    """One Azurite for all tests of a run; each takes a folder of its own in it."""
+    with emulators.azurite(tmp_path_factory.mktemp("azurite")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulators.Emulator]:
+    """One S3 for all tests of a run."""
+    with emulators.moto(tmp_path_factory.mktemp("moto")) as running:
+        yield running

@@ -49,6 +49,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "click": ("cli",),
     "rich": ("cli",),
     "duckdb": (),
+    "obstore": ("blobs",),
 }
 # Calls that are dangerous, and the only module that makes them.
 CALLS: dict[str, str] = {

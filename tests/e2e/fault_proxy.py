@@ -49,7 +49,7 @@ class FaultProxy:
 
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client:
-            while (request := _message(client)) and self._handle(client, request):
+            while (request := message(client)) and self._handle(client, request):
                 continue
 
     def _handle(self, client: socket.socket, request: bytes) -> bool:
@@ -73,14 +73,14 @@ class FaultProxy:
         for _ in range(2 if fault == "twice" else 1):
             with socket.create_connection(("127.0.0.1", self._api_port), timeout=_PATIENCE_S) as api:
                 api.sendall(request)
-                answer = _message(api)
+                answer = message(api)
         if fault == "drop answer":
             return False
         client.sendall(answer[: self._random.randrange(len(answer))] if fault == "cut answer" else answer)
         return fault != "cut answer"
 
 
-def _message(connection: socket.socket) -> bytes:
+def message(connection: socket.socket) -> bytes:
     """A whole request or answer; what there is when the other side ends before."""
     data = b""
     while b"\r\n\r\n" not in data:

@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,13 +78,13 @@ def rss_anon_kib(pid: int) -> int:
 class Process:
     """One command in a process group of its own, with its output in a file."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=log.parent,
-                env=_ENVIRONMENT,
+                env={**_ENVIRONMENT, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -139,7 +139,10 @@ class Process:
 
 
 class System:
-    """`penstock up` on `data`. Ports are new at each start; `url` and `admin` are those of the running one."""
+    """`penstock up` on `data`. Ports are new at each start; `url` and `admin` are those of the running one.
+
+    `environment` is for all its commands, beside that of the tests.
+    """
 
     def __init__(
         self,
@@ -151,8 +154,10 @@ class System:
         workers: int = 2,
         options: Sequence[str] = (),
         program: Sequence[str] = ("-m", "penstock"),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
+        self.environment = environment or {}
         self.data = data or folder / "data"
         self.partitions = partitions
         self.program = tuple(program)
@@ -175,7 +180,7 @@ class System:
 
     def process(self, *arguments: str, program: Sequence[str] = ("-m", "penstock"), log: str = "log") -> Process:
         """Any command of penstock that goes on running; ended in the end."""
-        started = Process([*program, *arguments], self.folder / log)
+        started = Process([*program, *arguments], self.folder / log, self.environment)
         self._processes.append(started)
         return started
 
@@ -251,7 +256,7 @@ class System:
         return subprocess.run(
             [sys.executable, "-m", "penstock", *arguments],
             cwd=self.folder,
-            env=_ENVIRONMENT,
+            env={**_ENVIRONMENT, **self.environment},
             input=stdin,
             capture_output=True,
             timeout=deadline_s,

@@ -42,6 +42,7 @@ def api(values: Values) -> None:
 def host(values: Values) -> None:
     """Run an archiver host alone, on the data folder of `up` or `api` or, with --hub, anywhere. Any number share the partitions."""
     from penstock.archive.ledger import claim
+    from penstock.blobs.probe import probe
     from penstock.cli import wiring
     from penstock.clock import SystemClock, timestamp
     from penstock.files import Files
@@ -50,7 +51,9 @@ def host(values: Values) -> None:
     where, files, clock = wiring.layout(values), Files(), SystemClock()
     name, url = wiring.host_name(values), values.text("hub")
     with wiring.host_hub(where, values, url) as hub:
-        claim(wiring.open_store(where), hub, clock)
+        store = wiring.open_store(where)
+        probe(store, name=where.store_name)
+        claim(store, hub, clock)
     _made(where)
     pid = os.getpid()
     write_run(where.run, files, Run(pid, "", "", [PartState(name, pid, timestamp(clock.now_ms()))]))
@@ -146,7 +149,7 @@ def _answers(address: Address) -> bool:
 
 def _announcement(values: Values, where: Layout, listen: Address, admin: Address) -> str:
     body = '{"deviceId":"d-1","temperature":21.4}'
-    period = f"hour files in {where.store}, a new one every {values.seconds('period'):.0f} s"
+    period = f"hour files in {where.store_name}, a new one every {values.seconds('period'):.0f} s"
     archive = "no archive" if values.text("archive") == "none" else period
     return (
         f"Penstock takes events on http://{listen}, admin on http://{admin}; "

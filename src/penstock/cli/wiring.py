@@ -18,6 +18,8 @@ import msgspec
 from penstock.archive.archiver import archivers
 from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper, refuse_older
 from penstock.archive.ledger import Owner, claim, owner, start
+from penstock.blobs import BlobStore
+from penstock.blobs.connection import connect, is_url, parse_url
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
 from penstock.cli.supervisor import EXIT_HUB_BROKEN
@@ -41,7 +43,7 @@ UP_HOST = "up"
 
 
 class Layout(NamedTuple):
-    """What lies where in a data folder."""
+    """What lies where in a data folder. `cloud` is the store's address where it is none of this machine's folders."""
 
     data: Path
     hub: Path
@@ -49,22 +51,30 @@ class Layout(NamedTuple):
     work: Path
     lock: Path
     store: Path
+    cloud: str = ""
+
+    @property
+    def store_name(self) -> str:
+        """For people."""
+        return self.cloud or str(self.store)
 
 
 def layout(values: Values) -> Layout:
     data = Path(values.text("data"))
     store = values.text("store")
+    cloud = ""
     if values.source("store") == "default":
         folder = data / "store"
-    elif "://" in store and not store.startswith("file:///"):
-        raise SettingsError(f"--store {store}: this version knows folders and file:///folder only.")
+    elif is_url(store):
+        folder, cloud = data / "store", str(parse_url(store))
     else:
         folder = Path(store.removeprefix("file://"))
-    return Layout(data, data / "hub", data / "run", data / "work", data / "lock", folder)
+    return Layout(data, data / "hub", data / "run", data / "work", data / "lock", folder, cloud)
 
 
-def open_store(where: Layout) -> DiskBlobs:
-    return DiskBlobs(where.store, Files())
+def open_store(where: Layout) -> BlobStore:
+    """The store of an installation. Not before a fork, for the client of a cloud's store has threads. Raises SettingsError."""
+    return connect(where.cloud, os.environ) if where.cloud else DiskBlobs(where.store, Files())
 
 
 @contextlib.contextmanager
@@ -76,12 +86,12 @@ def reading_hub(where: Layout, values: Values) -> Iterator[EmbeddedHub]:
         yield hub
 
 
-def owner_of(where: Layout, store: DiskBlobs) -> Owner:
+def owner_of(where: Layout, store: BlobStore) -> Owner:
     """Whose store this is. Raises SettingsError when it is nobody's."""
     known = owner(store)
     if known is None:
         raise SettingsError(
-            f"There is no hub in {where.data}, and the store {where.store} is nobody's: "
+            f"There is no hub in {where.data}, and the store {where.store_name} is nobody's: "
             f"start one with `penstock up --data {where.data}`, or name another with --data or --store."
         )
     return known
@@ -98,7 +108,7 @@ def hub_of(known: Owner, where: Layout, values: Values) -> Iterator[EmbeddedHub 
         return
     with reading_hub(where, values) as hub:
         if hub.id != known.hub and values.source("data") != "default":
-            raise SettingsError(f"The store {where.store} belongs to another hub than the one in {where.data}.")
+            raise SettingsError(f"The store {where.store_name} belongs to another hub than the one in {where.data}.")
         yield hub if hub.id == known.hub else None
 
 
@@ -121,11 +131,25 @@ def host_hub(where: Layout, values: Values, url: str) -> Iterator[Hub]:
 
 def prepare(where: Layout, values: Values) -> None:
     """Make hub and store, or check that they are what the settings say. Raises SettingsError and leaves them alone."""
+    if not where.cloud:
+        _prepare(where, values)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    # In a process of its own: the client of a cloud's store has threads, and after them this process must not fork.
+    with ProcessPoolExecutor(1, get_context("fork")) as apart:
+        apart.submit(_prepare, where, values).result()
+
+
+def _prepare(where: Layout, values: Values) -> None:
     if not is_field(values.text("device-field")):
         raise SettingsError(f"--device-field {values.text('device-field')!r} cannot name a field.")
     store = open_store(where)
     if not (where.hub / "data.mdb").exists() and owner(store) is not None:
-        raise SettingsError(f"The store {where.store} belongs to another hub than the one to be made in {where.data}.")
+        raise SettingsError(
+            f"The store {where.store_name} belongs to another hub than the one to be made in {where.data}."
+        )
     embedded.create(
         where.hub,
         partitions=values.count("partitions"),
@@ -134,7 +158,7 @@ def prepare(where: Layout, values: Values) -> None:
         clock=SystemClock(),
     )
     Files().sync_folder(where.hub)  # the names that LMDB has made
-    probe(store, name=str(where.store))
+    probe(store, name=where.store_name)
     with reading_hub(where, values) as hub:
         claim(store, hub, SystemClock())
         refuse_older(store, hub)
@@ -142,7 +166,7 @@ def prepare(where: Layout, values: Values) -> None:
 
 def make_folders(where: Layout) -> None:
     files = Files()
-    for folder in (where.data, where.hub, where.run, where.work, where.store):
+    for folder in (where.data, where.hub, where.run, where.work, *(() if where.cloud else (where.store,))):
         files.make_folders(folder)
 
 
@@ -244,7 +268,7 @@ def _core(number: int, workers: int) -> int | None:
 
 def _app(
     hub: EmbeddedHub,
-    store: DiskBlobs,
+    store: BlobStore,
     values: Values,
     where: Layout,
     clock: Clock,
@@ -373,7 +397,7 @@ def run_host(name: str, values: Values, where: Layout, *, part: str, url: str = 
     return 0
 
 
-def _publish(hub: Hub, store: DiskBlobs, clock: Clock, stop: threading.Event, log: Log) -> None:
+def _publish(hub: Hub, store: BlobStore, clock: Clock, stop: threading.Event, log: Log) -> None:
     """Hour manifests, soon after their hour is complete."""
     keeper = HourKeeper(hub, store)
     said = ""
