@@ -144,6 +144,7 @@ def test_a_listing_has_sizes_and_marks_that_change_with_every_write(store: BlobS
     for number in range(1, 20):
         size, mark = listed()["l/a"]
         assert size == store.size("l/a")
+        assert mark == store.get("l/a").mark
         marks.add(mark)
         etag = store.replace("l/a", body(str(number)), etag=etag, id=str(number))
     assert len(marks | {listed()["l/a"][1]}) == 20

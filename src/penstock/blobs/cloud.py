@@ -39,7 +39,7 @@ from penstock.blobs.disk import check_name
 from penstock.errors import BlobNotFound, LostRace, SettingsError, StoreUnavailable
 
 if TYPE_CHECKING:
-    from obstore import UpdateVersion
+    from obstore import ObjectMeta, UpdateVersion
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 RECORD_TIMEOUT_S: Final = 3.0
@@ -155,7 +155,7 @@ class CloudBlobs:
             found = obstore.get(self._records, name)
             meta, body = found.meta, bytes(found.bytes())
         self._whole(name, len(body), meta["size"])
-        return Blob(body, self._etag(meta))
+        return Blob(body, self._etag(meta), _mark(meta))
 
     def size(self, name: str) -> int:
         check_name(name)
@@ -186,9 +186,7 @@ class CloudBlobs:
         with self._translated("list", prefix or "/"):
             for page in obstore.list(self._records, check_name(folder[:-1]) if folder else None, chunk_size=1000):
                 found += [
-                    Listed(one["path"], one["size"], f"{one['e_tag']} {one['last_modified'].isoformat()}")
-                    for one in page
-                    if one["path"].startswith(prefix)
+                    Listed(one["path"], one["size"], _mark(one)) for one in page if one["path"].startswith(prefix)
                 ]
         found.sort(key=lambda blob: blob.name)
         return iter(found)
@@ -228,6 +226,15 @@ class CloudBlobs:
 
     def _unavailable(self, what: str, name: str, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(f"{self._place} did not {what} {name}: {_reason(error)}", blob=name)
+
+
+def _mark(meta: ObjectMeta) -> str:
+    """The ETag as a listing and a read both have it: with quotes or without. On S3 it changes with the content, like the etag.
+
+    The time of the last change is no part of it: stores tell fractions of its second in a listing and not in a read, and a
+    lease whose mark flips never expires.
+    """
+    return (meta["e_tag"] or "").strip('"')
 
 
 def _reason(error: Exception) -> str:
