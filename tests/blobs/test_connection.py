@@ -87,10 +87,10 @@ def test_the_names_of_the_command_line_tools() -> None:
     }
     assert options(AZ, {"AZURE_STORAGE_ACCOUNT": "a", "AZURE_STORAGE_ACCOUNT_NAME": "b"})[0] == {}
     s3 = Place("s3", "b", "")
-    assert options(s3, {"AWS_ENDPOINT_URL": "http://h:1"}) == ({"endpoint": "http://h:1"}, True)
-    assert options(s3, {"AWS_ENDPOINT_URL": "https://h", "AWS_ENDPOINT_URL_S3": "https://s"})[0] == {
-        "endpoint": "https://s"
-    }
+    config, plain = options(s3, {"AWS_ENDPOINT_URL": "http://h:1"})
+    assert (config["endpoint"], plain) == ("http://h:1", True)
+    config, plain = options(s3, {"AWS_ENDPOINT_URL": "http://h", "AWS_ENDPOINT_URL_S3": "https://s"})
+    assert (config["endpoint"], plain) == ("https://s", False)
 
 
 def test_a_key_that_cannot_be_read_is_not_repeated() -> None:

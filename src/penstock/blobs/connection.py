@@ -16,10 +16,11 @@ from penstock.errors import SettingsError
 AZURE, S3, GCS = "az", "s3", "gs"
 _PART: Final = r"[A-Za-z0-9_$-][A-Za-z0-9._$-]*"
 _URL: Final = re.compile(rf"(az|s3|gs)://({_PART})(?:/({_PART}(?:/{_PART})*))?/?")
-_ENDPOINTS: Final = {
+_ENDPOINT: Final = {AZURE: "endpoint", S3: "endpoint", GCS: "base_url"}
+_ENDPOINT_NAMES: Final = {
     AZURE: ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
     S3: ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-    GCS: (),
+    GCS: ("GOOGLE_BASE_URL",),
 }
 
 
@@ -69,9 +70,13 @@ def options(place: Place, environ: Mapping[str, str]) -> tuple[dict[str, str], b
     Raises SettingsError for a connection string that cannot be read.
     """
     config = _azure(environ) if place.scheme == AZURE else {}
-    endpoint = config.get("endpoint") or next((environ[n] for n in _ENDPOINTS[place.scheme] if environ.get(n)), "")
+    if place.scheme == S3:
+        # Only the probe deletes, one blob at a time, and not every store knows the request for many.
+        config["disable_bulk_delete"] = "true"
+    key, names = _ENDPOINT[place.scheme], _ENDPOINT_NAMES[place.scheme]
+    endpoint = config.get(key) or next((environ[name] for name in names if environ.get(name)), "")
     if endpoint:
-        config["endpoint"] = endpoint
+        config[key] = endpoint
     return config, endpoint.startswith("http://")
 
 

@@ -9,7 +9,7 @@ import msgspec
 from isal import isal_zlib
 
 ZIPPED_BYTES_AT_ONCE: Final = 65_536
-PLAIN_BYTES_AT_ONCE: Final = 262_144
+PLAIN_BYTES_AT_ONCE: Final = 65_536
 
 
 class Measured(msgspec.Struct, frozen=True):
