@@ -9,9 +9,10 @@ import io
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import obstore
 import pytest
@@ -297,6 +298,27 @@ def test_a_file_that_is_replaced_while_it_is_read_is_no_mixture(line: Line) -> N
     line.direct.put("0/a", io.BytesIO(b"2" * (PART_BYTES + 10)))
     with pytest.raises(StoreUnavailable, match="replaced while it was read"):
         list(parts)
+
+
+class Careless(CloudBlobs):
+    """The negative control: looks neither at what came nor of which write it is."""
+
+    def _whole(self, name: str, got: int, size: int) -> None:
+        pass
+
+    def _etag(self, answer: Mapping[str, Any]) -> str:
+        return "any"
+
+
+def test_control_without_looking_a_file_is_short_or_a_mixture(line: Line) -> None:
+    client = Careless(line.client._place, line.client._records, line.client._files)
+    line.direct.put("0/a", io.BytesIO(b"1" * (PART_BYTES + 10)))
+    parts = client.stream("0/a")
+    begin = next(parts)
+    line.direct.put("0/a", io.BytesIO(b"2" * (PART_BYTES + 10)))
+    assert set(begin + b"".join(parts)) == set(b"12")
+    line.proxy.plan = each(Fault.SHORT, "GET")
+    assert len(b"".join(client.stream("0/a"))) == (PART_BYTES + 10) // 2
 
 
 def test_35_a_listing_that_fails_is_no_empty_one(line: Line) -> None:

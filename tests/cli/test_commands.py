@@ -34,7 +34,7 @@ def test_wrong_use_is_exit_2_and_touches_nothing(shell: Any) -> None:
         (("up", "--nope"), "No such option"),
         (("up", "--listen", "0.0.0.0:8480"), "there are no keys yet"),
         (("up", "--period", "7s"), "divide 24h"),
-        (("up", "--store", "s3://bucket"), "folders"),
+        (("up", "--store", "ftp://bucket"), "must be a folder"),
         (("up", "--config", "nope.toml"), "not there"),
         (("host",), "There is no hub"),
         (("status",), "There is no hub"),

@@ -12,6 +12,8 @@ only a success is taken at its word. Every other outcome of `create` and `replac
 - there is no such blob, or it still has the old etag: nothing was done *yet*. The request may be on its way and be done
   later, so this is StoreUnavailable and never "not done". (`replace` finds no blob: nothing can be replaced any more.)
 
+A read sees what was written before it, in all three clouds.
+
 `etag` is what the store compares: the generation on GCS, the ETag elsewhere. On S3 that is the MD5 of the content, so equal
 content has an equal etag; bodies that are replaced never have (they carry an `id` that was used for no other).
 
