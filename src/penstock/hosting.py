@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import secrets
 import socket
@@ -28,6 +29,7 @@ from typing import Literal, Protocol, Self, cast
 import msgspec
 
 from penstock.blobs import BlobStore
+from penstock.blobs.connection import connect, is_url
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
 from penstock.clock import SystemClock
@@ -309,10 +311,10 @@ def unique_name() -> str:
 
 
 def open_store(store: str | Path) -> BlobStore:
-    """The store at a folder or `file:///folder`. Raises SettingsError for any other address."""
+    """The store at a folder, `file:///folder`, or in a cloud (docs/stores.md). Raises SettingsError."""
     text = str(store)
-    if "://" in text and not text.startswith("file:///"):
-        raise SettingsError(f"The store {text}: this version knows folders and file:///folder only.")
+    if is_url(text):
+        return connect(text, os.environ)
     return DiskBlobs(Path(text.removeprefix("file://")), Files())
 
 

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.blobs.store_proxy import Fault, StoreProxy
-from tests.emulators import Emulator
 
 from penstock.archive.hours import ARCHIVE_GROUP
 from penstock.processor.lease import read_leases
+from tests.blobs.store_proxy import Fault, StoreProxy
 from tests.crash.load import Load
 from tests.e2e.oracle import problems
 from tests.e2e.system import ROUNDS, SEED, Process, System, wait_for
+from tests.emulators import Emulator
 
 Make = Callable[..., System]
 PARTITIONS = 6

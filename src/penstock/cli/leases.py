@@ -165,8 +165,8 @@ def file_ms(where: Layout, name: str) -> float | None:
 
     Hosts decide by what they saw themselves, not by this.
     """
-    path = Path(where.store) / name
-    return path.stat().st_mtime * 1000 if path.exists() else None
+    path = where.store / name
+    return path.stat().st_mtime * 1000 if not where.cloud and path.exists() else None
 
 
 def _hosts(folder: Path) -> frozenset[str]:
