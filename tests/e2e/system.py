@@ -178,9 +178,15 @@ class System:
         assert self._up is not None, "the system was not started"
         return self._up
 
-    def process(self, *arguments: str, program: Sequence[str] = ("-m", "penstock"), log: str = "log") -> Process:
-        """Any command of penstock that goes on running; ended in the end."""
-        started = Process([*program, *arguments], self.folder / log, self.environment)
+    def process(
+        self,
+        *arguments: str,
+        program: Sequence[str] = ("-m", "penstock"),
+        log: str = "log",
+        environment: Mapping[str, str] | None = None,
+    ) -> Process:
+        """Any command of penstock that goes on running; ended in the end. `environment` is beside the system's."""
+        started = Process([*program, *arguments], self.folder / log, {**self.environment, **(environment or {})})
         self._processes.append(started)
         return started
 
