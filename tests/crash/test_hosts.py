@@ -144,7 +144,7 @@ def test_hosts_are_killed_frozen_and_cut_off(
         assert host.stop() == 0, host.text()
     leases = json.loads(system.check("leases", "--json").stdout)
     assert {lease["owner"] for lease in leases} == {""}, "given back"
-    assert ROUNDS or min(lease["epoch"] for lease in leases) > 10, "each partition went through many hands"
+    assert ROUNDS or min(lease["epoch"] for lease in leases) > 2, "each partition went through several hands"
 
 
 def _owned(azurite: Emulator, url: str, fleet: Fleet) -> bool:
