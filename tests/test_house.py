@@ -74,7 +74,7 @@ BROAD = {
     ("processor/pump.py", "_run"),
     ("processor/pump.py", "_turn"),
     ("processor/pump.py", "_close"),
-    ("cli/wiring.py", "_publish"),
+    ("cli/archiving.py", "_publish"),
     ("server/app.py", "answer"),
     ("server/housekeeping.py", "run"),
     ("server/http.py", "_take"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import duckdb
 
-from tests.blobs.store_proxy import StoreProxy
+from tests.blobs.store_proxy import Fault, StoreProxy
 from tests.e2e.oracle import Batch, problems
 from tests.e2e.system import PROJECT, System, wait_for
 from tests.emulators import Emulator
@@ -140,3 +140,23 @@ def test_the_supervisor_has_no_thread_of_the_store_s_client(azurite: Emulator, t
     )
     # The second line is the negative control: without the process apart there are some.
     assert (done.returncode, done.stdout) == (0, b"1\nTrue\n"), done
+
+
+def test_a_host_that_starts_while_the_store_is_away_waits_for_it(make_system: Make, azurite: Emulator) -> None:
+    url = azurite.fresh_url()
+    environment = {**azurite.environment, "PENSTOCK_STORE": url}
+    system = make_system(environment=environment, options=("--archive", "none"), partitions=2).start()
+    with StoreProxy(azurite.port) as proxy:
+        proxy.plan = lambda method, path: Fault.RESET
+        through = {
+            name: value.replace(f":{azurite.port}/", f":{proxy.port}/") for name, value in azurite.environment.items()
+        }
+        host = system.process("host", "--data", str(system.data), "--name", "late", log="host.log", environment=through)
+        wait_for("it says so", lambda: "tried again for 60 s" in host.text())
+        proxy.plan = lambda method, path: Fault.NONE
+        wait_for("it has all", lambda: _owners(system) == {"late"})
+        assert host.stop() == 0, host.text()
+
+
+def _owners(system: System) -> set[str]:
+    return {row["owner"] for row in json.loads(system.check("leases", "--watch", "0s", "--json").stdout)}

@@ -41,30 +41,26 @@ def api(values: Values) -> None:
 @settings("host")
 def host(values: Values) -> None:
     """Run an archiver host alone, on the data folder of `up` or `api` or, with --hub, anywhere. Any number share the partitions."""
-    from penstock.archive.ledger import claim
-    from penstock.blobs.probe import probe
-    from penstock.cli import wiring
+    from penstock.cli import archiving, wiring
     from penstock.clock import SystemClock, timestamp
     from penstock.files import Files
     from penstock.server.parts import PartState, Run, remove_run, write_run
 
     where, files, clock = wiring.layout(values), Files(), SystemClock()
-    name, url = wiring.host_name(values), values.text("hub")
-    with wiring.host_hub(where, values, url) as hub:
-        store = wiring.open_store(where)
-        probe(store, name=where.store_name)
-        claim(store, hub, clock)
+    name, url = archiving.host_name(values), values.text("hub")
+    with archiving.host_hub(where, values, url) as hub:
+        archiving.claim_store(where, hub, clock)
     _made(where)
     pid = os.getpid()
     write_run(where.run, files, Run(pid, "", "", [PartState(name, pid, timestamp(clock.now_ms()))]))
     try:
-        wiring.run_host(name, values, where, part=name, url=url)
+        archiving.run_host(name, values, where, part=name, url=url)
     finally:
         remove_run(where.run, files, pid)
 
 
 def _serve(values: Values, *, whole: bool) -> None:
-    from penstock.cli import wiring
+    from penstock.cli import archiving, wiring
     from penstock.cli.supervisor import Part, Supervisor, shared_slots
     from penstock.clock import SystemClock
     from penstock.files import Files
@@ -93,7 +89,9 @@ def _serve(values: Values, *, whole: bool) -> None:
 
         parts = [worker(index, slot) for index, slot in enumerate(shared_slots(values.count("workers")))]
         if whole and values.text("archive") == "on":
-            parts.append(Part("archiver", lambda: wiring.run_host(wiring.UP_HOST, values, where, part="archiver"), 1))
+            parts.append(
+                Part("archiver", lambda: archiving.run_host(wiring.UP_HOST, values, where, part="archiver"), 1)
+            )
         pid = os.getpid()
         retention = Retention(values.seconds("retention"), values.text("archive") == "on")
 

@@ -9,26 +9,23 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from penstock.archive.archiver import archivers
-from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper, refuse_older
-from penstock.archive.ledger import Owner, claim, owner, start
+from penstock.archive.hours import refuse_older
+from penstock.archive.ledger import Owner, claim, owner
 from penstock.blobs import BlobStore
 from penstock.blobs.connection import connect, is_url, parse_url
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
 from penstock.cli.supervisor import EXIT_HUB_BROKEN
 from penstock.clock import Clock, SystemClock, timestamp
-from penstock.errors import NotFound, PenstockError, SettingsError, StorageFull
+from penstock.errors import NotFound, SettingsError, StorageFull
 from penstock.files import Files
-from penstock.hub import Hub, embedded
+from penstock.hub import embedded
 from penstock.hub.embedded import EmbeddedHub
-from penstock.processor.host import RENEWALS_AT_ONCE, EventProcessorHost
 from penstock.server.app import App, Service, make_app, run_worker
 from penstock.server.housekeeping import Housekeeping
 from penstock.server.ingest import Ingest
@@ -110,23 +107,6 @@ def hub_of(known: Owner, where: Layout, values: Values) -> Iterator[EmbeddedHub 
         if hub.id != known.hub and values.source("data") != "default":
             raise SettingsError(f"The store {where.store_name} belongs to another hub than the one in {where.data}.")
         yield hub if hub.id == known.hub else None
-
-
-@contextlib.contextmanager
-def host_hub(where: Layout, values: Values, url: str) -> Iterator[Hub]:
-    """What a host reads: the hub of the API at `url`, else that of the data folder. Raises SettingsError, HubUnavailable."""
-    if not url:
-        with reading_hub(where, values) as hub:
-            yield hub
-        return
-    if not url.startswith(("http://", "https://")):
-        raise SettingsError(f"--hub {url}: this version knows http://HOST:PORT and https://HOST:PORT only.")
-    if values.source("store") == "default":
-        raise SettingsError("With --hub the store must be named: --store, the same for all hosts of this hub.")
-    from penstock.hub.remote import RemoteHub  # http.client and ssl, which workers do without
-
-    with RemoteHub(url) as remote:
-        yield remote
 
 
 def prepare(where: Layout, values: Values) -> None:
@@ -350,75 +330,3 @@ def _limits(values: Values) -> Limits:
         body_s=values.seconds("body-timeout"),
         idle_s=values.seconds("idle-timeout"),
     )
-
-
-def run_host(name: str, values: Values, where: Layout, *, part: str, url: str = "") -> int:
-    """An archiver host, from its start to its exit code. `url`: as for `host_hub`."""
-    clock = SystemClock()
-    log = part_log(part, values)
-    store = open_store(where)
-    stop = threading.Event()
-    with host_hub(where, values, url) as hub, ThreadPoolExecutor(RENEWALS_AT_ONCE, "renew") as pool:
-        host = EventProcessorHost(
-            hub=hub,
-            store=store,
-            group=ARCHIVE_GROUP,
-            name=name,
-            clock=clock,
-            log=log,
-            lease_s=values.seconds("lease"),
-            start=lambda partition: start(store, hub, partition),
-            each=pool.map,
-        )
-        if url:
-            from penstock.hosting import announce
-
-            announce(hub, host, ARCHIVE_GROUP)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: host.ask_stop())
-        factory = archivers(
-            hub,
-            store,
-            host=name,
-            epoch=host.epoch,
-            clock=clock,
-            files=Files(),
-            folder=where.work,
-            file_bytes_max=values.count("file-bytes-max"),
-            log=log,
-        )
-        publisher = threading.Thread(target=_publish, args=(hub, store, clock, stop, log), name="hours")
-        publisher.start()
-        try:
-            host.run(factory)
-        finally:
-            stop.set()
-            publisher.join()
-    return 0
-
-
-def _publish(hub: Hub, store: BlobStore, clock: Clock, stop: threading.Event, log: Log) -> None:
-    """Hour manifests, soon after their hour is complete."""
-    keeper = HourKeeper(hub, store)
-    said = ""
-    while not clock.wait(stop, max(0.5, min(10.0, hub.period_s / 10))):
-        try:
-            published = keeper.publish()
-        except Exception as error:  # the top of the thread: it must not end unseen
-            if said != str(error):
-                log.warning(
-                    "Hour manifests wait.",
-                    exc_info=None if isinstance(error, PenstockError) else error,
-                    detail=str(error),
-                )
-            said = str(error)
-            continue
-        said = ""
-        for name in published:
-            log.info("Hour is complete.", manifest=name)
-
-
-def host_name(values: Values) -> str:
-    from penstock.hosting import unique_name
-
-    return values.text("name") or unique_name()
