@@ -13,7 +13,7 @@ from penstock.archive.ledger import Ledger, Record
 from penstock.blobs import BlobStore, Listed
 from penstock.errors import ArchiveError, SettingsError, StoreUnavailable
 from penstock.processor.lease import Lease, encode_lease, lease_name
-from penstock.testing import Fault, FaultyBlobs
+from penstock.testing import Fault, FaultyBlobs, MemoryBlobs
 from tests.archive.conftest import Rig as make_rig
 
 Rig = Any
@@ -388,3 +388,26 @@ def test_an_unreadable_lease_is_no_checkpoint(rig: Rig) -> None:
     assert checkpoint(rig.store, 0) == 0
     rig.replace("_leases/$archive/0.json", b"{")
     assert checkpoint(rig.store, 0) is None
+
+
+def test_a_listing_that_hides_the_last_records_of_a_published_hour_changes_nothing(rig: Rig) -> None:
+    """A keeper that begins then begins inside of that hour. It must not take the rest of it for the whole of it."""
+    rig.put(3)
+    rig.hub.cut()
+    rig.put(2)
+    rig.close_hour()
+    rig.run()
+    assert keeper(rig).publish() == ["2026-11-22T14-00-00"]
+    rig.put(1)
+    rig.close_hour()
+    rig.run()
+
+    class Hiding(MemoryBlobs):
+        def list(self, prefix: str) -> Iterator[Listed]:
+            found = list(super().list(prefix))
+            return iter(found[:1] if prefix.startswith("_ledger/") else found)
+
+    hiding = Hiding()
+    hiding._blobs = rig.store._blobs
+    assert HourKeeper(rig.hub, hiding).publish() == ["2026-11-22T14-00-10"]
+    rig.check()
