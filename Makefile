@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 SEED ?=
 
-.PHONY: run test fmt check bench sim cuts
+.PHONY: run test fmt check bench sim sim-long cuts
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -47,8 +47,13 @@ bench: .venv/.dev
 	$(BIN)/python -m bench $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m bench.hosts && $(BIN)/python -m bench.balance)
 
+# One seed with all its steps, or the seeds and interleavings of `make test`.
 sim: .venv/.dev
-	$(if $(SEED),PENSTOCK_SIM_SEED=$(SEED)) $(BIN)/python -m pytest -q tests/sim
+	$(if $(SEED),$(BIN)/python -m tests.sim --seed $(SEED),$(BIN)/python -m pytest -q -s tests/sim)
+
+# Many other seeds, until told otherwise 200,000; names those that fail.
+sim-long: .venv/.dev
+	$(BIN)/python -m tests.sim --first $(or $(FIRST),10000) --seeds $(or $(SEEDS),200000) --processes $(or $(PROCESSES),2)
 
 # Sixty power cuts each on the hub's disk and on a device's; `make test` has a few.
 cuts: .venv/.dev

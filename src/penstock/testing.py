@@ -15,12 +15,14 @@ import io
 import os
 import random
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, BinaryIO, TypeVar
 
 from penstock.blobs import Blob, BlobStore, Created, Exists, Listed
 from penstock.blobs.disk import check_name
+from penstock.clock import Clock
 from penstock.errors import (
     BlobNotFound,
     LostRace,
@@ -279,7 +281,7 @@ class FaultyFiles(Files):
 class MemoryHub:
     """A Hub in memory with the semantics of the embedded one: dense numbers, times that never decrease, markers, duplicates."""
 
-    def __init__(self, partitions: int = 1, *, clock: FakeClock | None = None, period_s: int = 3600) -> None:
+    def __init__(self, partitions: int = 1, *, clock: Clock | None = None, period_s: int = 3600) -> None:
         self.id = "0" * 32
         self.period_s = period_s
         self._clock = clock or FakeClock()
@@ -320,9 +322,10 @@ class MemoryHub:
                 raise OffsetTrimmed(f"offset {start} of partition {partition} was trimmed", first=str(first))
             frames: list[Frame] = []
             size = 0
-            for frame in log:
-                if frame.next <= start and not (frame.is_marker and frame.first == start):
-                    continue
+            at = bisect_left(log, start, key=attrgetter("first"))
+            if at and log[at - 1].next > start:
+                at -= 1
+            for frame in log[at:]:
                 size += len(frame.body)
                 if size > bytes_max and any(not f.is_marker for f in frames):
                     break

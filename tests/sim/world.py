@@ -1,0 +1,272 @@
+"""A world of processor hosts that one seed decides: the real hosts, archivers and keepers of hours, and all that may go wrong.
+
+Two to four hosts archive three to six partitions. While the world lives, threads and whole processes pause for any time at any
+step, processes die and come back with the same name, another, or somebody else's; hosts join and leave; wall clocks jump and
+monotonic ones drift apart; requests are not done, done and not answered, done much later, or sent twice by their client;
+listings are partial or old, work files cannot be written, logs cannot be read, leases are deleted, events come and retention
+deletes. How much of each is also decided by the seed. Then all faults end, except that wall clocks go on jumping, and
+everything must come right: see `settle` and `judge`; `WatchedBlobs` looks at every single write.
+
+A seed in which leases are deleted has no retention: a lease that was created when none was there, by a request that landed
+long after its client gave up, may stand before events that retention has deleted since. Then the partition parks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from unittest.mock import patch
+
+from penstock.archive import archiver
+from penstock.archive.hours import ARCHIVE_GROUP, manifest_name
+from penstock.archive.ledger import claim
+from penstock.blobs import Listed
+from penstock.errors import PenstockError
+from penstock.processor.lease import Lease, decode_lease, lease_name
+from tests.archive.conftest import CountingHub
+from tests.sim.broken import Broken, breaking
+from tests.sim.member import LEASE_S, START_MS, Chaos, Member
+from tests.sim.oracle import Line, Violation, WatchedBlobs, hour_of, judge
+from tests.sim.scheduler import Scheduler, SimClock, simulated_threads
+
+PERIOD_S = 60
+POLL_S = 3.0
+"""Twelve times the real one: an idle pump does nothing but look, and a simulated one costs as much as one that works."""
+
+BALANCED_S = 2 * LEASE_S
+ARCHIVED_S = 20 * LEASE_S
+
+
+class World:
+    def __init__(
+        self, seed: int, *, broken: Broken | None = None, trace: Callable[[str], object] | None = None
+    ) -> None:
+        self.random = random.Random(seed)
+        self.broken = broken
+        self.trace = trace
+        self.chaos = Chaos.of(self.random)
+        self.scheduler = Scheduler()
+        self.quiet_at = LEASE_S * self.random.uniform(2, 6)
+        self.troubled_until = self.quiet_at
+        self.clock = SimClock(self.scheduler, start_ms=START_MS)
+        self.hub = CountingHub(self.random.randint(3, 6), clock=self.clock, period_s=PERIOD_S)
+        self.partitions = range(self.hub.partitions())
+        self.blobs = WatchedBlobs()
+        self.late: list[tuple[str, Callable[[], object]]] = []
+        self.listings: dict[str, list[list[Listed]]] = {}
+        self.logged: list[list[Line]] = [[] for _ in self.partitions]
+        self.events = 0
+        self.members: list[Member] = []
+        self.joined = 0
+        claim(self.blobs, self.hub, self.clock)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether all faults are over."""
+        return self.scheduler.now >= self.quiet_at
+
+    def say(self, who: str, what: str) -> None:
+        if self.trace is not None:
+            self.trace(f"{self.scheduler.now:9.3f}  {who:<16} {what}")
+
+    def live(self) -> None:
+        """Until all faults are over."""
+        hosts = self.random.randint(2, 4)
+        self.say("world", f"{len(self.partitions)} partitions, {hosts} hosts, {self.chaos}")
+        for number in range(hosts):
+            self._join_at(self.random.uniform(0, LEASE_S / 2), f"h{number}")
+        for mean_s, act in (
+            (2.0, lambda: self.put(self.random.choice(self.partitions))),
+            (5.0, self.hub.maintain),
+            (40.0, self.hub.cut),
+            (15.0, self._land_some),
+            (60.0, self._leave),
+            (90.0, lambda: self.jump(self.clock, "the hub")),
+            (60.0, self._delete_lease if self.chaos.deletes else self._trim),
+        ):
+            self._now_and_then(mean_s, act)
+        self.scheduler.run(self.quiet_at)
+
+    def put(self, partition: int) -> None:
+        """Events come."""
+        count = self.random.choice((1, 1, 2, 5, 45))
+        lines = [b'{"deviceId":"d","n":%06d,"x":"%0100d"}' % (self.events + i, 0) for i in range(count)]
+        self.events += count
+        self.hub.put(partition, lines)
+        hour = hour_of(self.hub.bounds(partition).enqueued_last_ms, PERIOD_S)
+        self.logged[partition] += [(hour, line) for line in lines]
+
+    def jump(self, clock: SimClock, whose: str) -> None:
+        """Somebody sets a wall clock."""
+        seconds = self.random.choice((-86_400, -PERIOD_S, -1.5, 1.5, PERIOD_S, 3 * PERIOD_S))
+        self.say("world", f"sets the wall clock of {whose} by {seconds} s")
+        clock.jump(seconds)
+
+    def kill(self, member: Member) -> None:
+        self.say("world", f"{member.name} dies")
+        self.ended(member)
+
+    def ended(self, member: Member) -> None:
+        """A process is gone, and with it all its threads. Another comes in a while."""
+        if member.dead:  # of two things at once
+            return
+        self.scheduler.kill(member)
+        self.members.remove(member)
+        self.note_trouble()
+        if self.quiet:
+            self._join_at(self.scheduler.now, f"q{self.joined}")
+            return
+        name = member.host_name
+        if self.random.random() < self.chaos.strangers:
+            name = self.random.choice((f"n{self.joined}", *(living.host_name for living in self.members)))
+        latest = max(self.scheduler.now, self.quiet_at - 0.001)
+        self._join_at(min(self.scheduler.now + self.random.uniform(0, 2 * LEASE_S), latest), name)
+
+    def note_trouble(self, lasting_s: float = 0.0) -> None:
+        """From its end on the hosts have time to even out."""
+        self.troubled_until = max(self.troubled_until, self.scheduler.now + lasting_s)
+
+    def owners(self) -> list[str]:
+        """The instance that holds each lease."""
+        return [lease.instance if lease and lease.owner else "" for lease in self._leases()]
+
+    def settle(self) -> None:
+        """No more faults. Raises Violation unless in time all is archived and the hosts are even, and stay so."""
+        self._calm()
+        balanced = False
+        while not (balanced and self._archived()):
+            self._pass_time(LEASE_S / 10)
+            since_s = self.scheduler.now - self.troubled_until
+            balanced = self._balanced()
+            if not balanced and since_s > BALANCED_S:
+                raise Violation(f"not even {since_s:.0f} s after the last fault: {self._table()}")
+            if since_s > ARCHIVED_S:
+                raise Violation(f"not everything is archived {since_s:.0f} s after the last fault: {self._table()}")
+        owners, troubled_until = self.owners(), self.troubled_until
+        self._pass_time(LEASE_S)
+        if self.owners() != owners and self.troubled_until == troubled_until:
+            raise Violation(f"leases move although the hosts are even: {owners}, then {self._table()}")
+        for name, write in self.late:
+            self._land(name, write)
+
+    def judge(self) -> None:
+        """Raises Violation unless the archive is the log, and its hours are all there."""
+        judge(self.hub, self.blobs, self.logged)
+        hours = {blob.name for blob in self.blobs.list("_hours/")}
+        if hours != {manifest_name(hour) for hour in self._hours()}:
+            raise Violation(f"hours are missing, or too many: there are {sorted(hours)}, not {sorted(self._hours())}")
+
+    def _now_and_then(self, mean_s: float, act: Callable[[], object]) -> None:
+        at = self.scheduler.now + self.random.expovariate(1 / mean_s)
+        if at < self.quiet_at:
+            self.scheduler.call_at(at, lambda: (act(), self._now_and_then(mean_s, act)))
+
+    def _trim(self) -> None:
+        """Retention, which never passes a checkpoint."""
+        for lease in self._leases():
+            if lease is not None:
+                self.hub.trim(lease.partition, before=lease.offset)
+
+    def _delete_lease(self) -> None:
+        partition = self.random.choice(self.partitions)
+        self.say("world", f"deletes the lease of {partition}")
+        self.blobs.delete(lease_name(ARCHIVE_GROUP, partition))
+
+    def _join_at(self, at: float, host_name: str) -> None:
+        def join() -> None:
+            self.joined += 1
+            self.note_trouble()
+            self.members.append(Member(self, host_name, self.joined))
+            self.say("world", f"{self.members[-1].name} joins")
+
+        self.scheduler.call_at(at, join)
+
+    def _leave(self) -> None:
+        member = self.random.choice(self.members) if self.members else None
+        if member is not None and member.host is not None:
+            self.say("world", f"{member.name} is asked to leave")
+            member.host.ask_stop()
+
+    def _land_some(self) -> None:
+        while self.late and self.random.random() < 0.7:
+            self._land(*self.late.pop(self.random.randrange(len(self.late))))
+
+    def _land(self, name: str, write: Callable[[], object]) -> None:
+        """A late write arrives."""
+        try:
+            write()
+        except PenstockError as error:
+            self.say("late", str(error))
+        else:
+            self.say("late", f"{name} is written")
+
+    def _calm(self) -> None:
+        """The end of the last faults: no two hosts of one name, no late lease; and the last period of the log ends."""
+        self.say("world", "no more faults")
+        late, self.late = self.late, []
+        for name, write in late:
+            if name.startswith("_leases/") or self.random.random() < 0.5:
+                self._land(name, write)
+            else:
+                self.late.append((name, write))
+        names = Counter(member.host_name for member in self.members)
+        for member in self.members.copy():
+            if names[member.host_name] > 1:
+                names[member.host_name] -= 1
+                self.kill(member)
+        for partition in self.partitions:
+            self.put(partition)
+        last_ms = self.hub.bounds(0).enqueued_last_ms
+        self.clock.jump((last_ms - self.clock.now_ms()) / 1000 + PERIOD_S)
+        self.hub.maintain()
+
+    def _pass_time(self, seconds: float) -> None:
+        for member in self.members:
+            self.jump(member.clock, member.name)
+        self.scheduler.run(self.scheduler.now + seconds)
+
+    def _leases(self) -> list[Lease | None]:
+        blobs = [self.blobs.there(lease_name(ARCHIVE_GROUP, partition)) for partition in self.partitions]
+        return [None if body is None else decode_lease(body, partition) for partition, body in enumerate(blobs)]
+
+    def _balanced(self) -> bool:
+        """Every lease is held by a living host, and no two hosts differ by more than one."""
+        held = Counter(self.owners())
+        counts = [held.pop(member.name, 0) for member in self.members]
+        return not held and max(counts, default=0) - min(counts, default=0) <= 1
+
+    def _archived(self) -> bool:
+        ends = [self.hub.bounds(partition).next for partition in self.partitions]
+        done = [lease.sequence_number if lease else -1 for lease in self._leases()]
+        return done == ends and all(self.blobs.there(manifest_name(hour)) for hour in self._hours())
+
+    def _hours(self) -> set[str]:
+        return {hour for lines in self.logged for hour, _ in lines}
+
+    def _table(self) -> str:
+        leases = [f"{p}: {lease and lease.token} at {lease and lease.offset}" for p, lease in enumerate(self._leases())]
+        ends = [self.hub.bounds(partition).next for partition in self.partitions]
+        return f"{', '.join(leases)}; the log ends at {ends}; {[member.name for member in self.members]} live"
+
+
+def simulate(seed: int, *, broken: Broken | None = None, trace: Callable[[str], object] | None = None) -> World:
+    """Everything that this seed decides, to its end. Raises Violation."""
+    world = World(seed, broken=broken, trace=trace)
+    ids = itertools.count()
+    uuid = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex=f"id-{next(ids):029}"))
+    with (
+        simulated_threads(world.scheduler, POLL_S=POLL_S, WAKE_S=LEASE_S),
+        patch.object(archiver, "uuid", uuid),
+        breaking(broken),
+    ):
+        try:
+            world.live()
+            world.settle()
+        finally:
+            for member in world.members:
+                world.scheduler.kill(member)
+    world.judge()
+    return world
