@@ -70,7 +70,7 @@ def hour_start_ms(hour: str) -> int:
     if match is None:
         raise ArchiveError(f"{hour!r} is not the name of an hour", hour=hour)
     try:
-        start = datetime.strptime(match[1], "%Y-%m-%dT%H").replace(
+        start = datetime.fromisoformat(match[1]).replace(
             minute=int(match[2] or 0), second=int(match[3] or 0), tzinfo=UTC
         )
     except ValueError as error:
