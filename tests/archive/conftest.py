@@ -14,6 +14,7 @@ from penstock.archive.check import Report, audit, verify
 from penstock.archive.cut import period_start_ms
 from penstock.archive.ledger import Ledger, Record, claim
 from penstock.blobs import BlobStore
+from penstock.clock import Clock
 from penstock.errors import StoreUnavailable
 from penstock.files import Files
 from penstock.processor import CloseReason
@@ -27,7 +28,7 @@ START_MS = 1_795_356_000_000  # 2026-11-22T14:00:00Z
 class CountingHub(MemoryHub):
     """Counts what it accepts, as the embedded hub does: for the periods still in the log."""
 
-    def __init__(self, partitions: int, *, clock: FakeClock, period_s: int) -> None:
+    def __init__(self, partitions: int, *, clock: Clock, period_s: int) -> None:
         super().__init__(partitions, clock=clock, period_s=period_s)
         self.counts: dict[tuple[int, int], int] = {}
 

@@ -222,7 +222,7 @@ class Member(Process):
         return self._world.owners()[partition] == self.name
 
     def stuck(self) -> None:
-        # Its host leaves the partition alone for two lease times, and another may be what it is taken by.
+        # Its host does not look at that partition for two lease times, so it cannot even out either.
         self._world.note_trouble(lasting_s=LEASE_S)
 
     def read_bytes_max(self) -> int:

@@ -33,11 +33,12 @@ class WatchedBlobs(MemoryBlobs):
         self._contents: dict[str, bytes] = {}
         self._ends: dict[tuple[int, int], str] = {}
         self._owners: dict[tuple[str, int], str] = {}
+        self.epochs_come_again = False
 
     def there(self, name: str) -> bytes | None:
         """The body of a blob, if there is one."""
         blob = self._blobs.get(name)
-        return blob and blob.body
+        return None if blob is None else blob.body
 
     def _write(self, name: str, body: bytes) -> str:
         if name.startswith("_leases/"):
@@ -55,7 +56,8 @@ class WatchedBlobs(MemoryBlobs):
         new = decode_lease(body, partition)
         there = self._blobs.get(name)
         if there is None:
-            # A lease that was deleted begins a new life.
+            # A lease that was deleted begins a new life. Who claims it may not know how far its epochs were.
+            self.epochs_come_again |= (name, new.epoch) in self._owners
             self._owners = {key: owner for key, owner in self._owners.items() if key[0] != name}
         else:
             self._check_change(decode_lease(there.body, partition), new)

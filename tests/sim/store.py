@@ -89,7 +89,7 @@ class SimBlobs:
             return self._blobs.replace(name, body, etag=etag, id=id)
 
         try:
-            return self._write("replace", name, (body, etag), write, _lost)
+            made = self._write("replace", name, (body, etag), write, _lost)
         except (Unknown, LostRace) as error:
             there = self.get(name)
             if id.encode() in there.body:
@@ -97,6 +97,8 @@ class SimBlobs:
             if isinstance(error, LostRace):
                 raise
             raise StoreUnavailable(f"replace {name}: unknown", blob=name) from error
+        assert made is not None, "one that is refused raises LostRace"
+        return made
 
     def put(self, name: str, body: BinaryIO) -> None:
         whole = body.read()
