@@ -164,6 +164,20 @@ def test_a_hub_that_does_not_answer_costs_the_processor_nothing(stage: Stage) ->
     assert stage.log.count("hub does not answer", partition=0) == 1
 
 
+def test_what_was_trimmed_behind_the_new_owner_is_no_alarm(stage: Stage) -> None:
+    """This host was paused between the look at its clock and the read."""
+    stage.put(2)
+
+    def trimmed(*_: object, **__: object) -> Slice:
+        raise OffsetTrimmed("the new owner is past it", first="2")
+
+    stage.hub.read = trimmed  # type: ignore[method-assign]
+    stage.steal()
+    stage.pump.start()
+    until(stage.pump.ended.is_set, each=stage.tick)
+    assert (stage.pump.parked, stage.log.count("partition parked")) == (None, 0)
+
+
 def test_a_reader_that_is_fenced_has_lost_its_lease(stage: Stage) -> None:
     """A hub that is read over HTTP may know it sooner than the store says it. It is no fault of the processor, and parks nothing."""
     stage.put(2)

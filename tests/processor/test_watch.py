@@ -12,7 +12,7 @@ from penstock.blobs import BlobStore, Listed
 from penstock.errors import StoreError, StoreUnavailable
 from penstock.processor.lease import Holding, Start, Writer, claim, encode_lease, lease_name, take_over
 from penstock.processor.watch import LOOKS, Watch
-from penstock.testing import FakeClock, FaultyBlobs, MemoryBlobs
+from penstock.testing import FakeClock, Fault, FaultyBlobs, MemoryBlobs
 
 LEASE_S = 30.0
 PARTITIONS = 8
@@ -151,6 +151,37 @@ def test_an_unreadable_lease_is_not_known(world: World) -> None:
     world.watch.look({})
     assert not world.watch.known(2)
     assert [partition for partition, _ in world.troubles] == [2]
+
+
+def test_a_lease_that_could_not_be_read_is_read_at_the_next_look(world: World) -> None:
+    """Its mark was noted when the read failed. Without a second read its old owner would be believed until it expires."""
+    failing = ["get"]
+    faulty = FaultyBlobs(
+        world.store, lambda operation, _name: Fault.NOTHING_DONE if operation in failing and failing.pop() else None
+    )
+    watch = world.watching(faulty)
+    failing.clear()
+    watch.look({})
+    world.give(3, "host-9")
+    failing.append("get")
+    watch.look({})
+    assert not watch.known(3)
+    watch.look({})
+    seen = watch.seen(3)
+    assert watch.known(3) and seen is not None and seen.lease.owner == "host-9"
+
+
+def test_in_the_end_every_lease_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.processor.watch._READ_ANYWAY", 2 * LOOKS)
+    world.pass_time(LEASE_S)
+    seen = world.watch.seen(1)
+    assert seen is not None and seen.lease.owner == "host-1"
+    world.store.delete(lease_name("g", 1))
+    world.holdings[1] = claim(world.store, world.clock, "g", 1, Writer("host-0", "new"), start=Start("0", 0))
+    world.watch.look({})
+    assert world.owner(1) == "host-1", "it has the epoch of before, and so the length"
+    world.pass_time(2 * LEASE_S)
+    assert world.owner(1) == "host-0"
 
 
 def test_what_another_wrote_of_ones_own_is_noticed(world: World) -> None:

@@ -147,7 +147,8 @@ class World:
                 raise Violation(f"not everything is archived {since_s:.0f} s after the last fault: {self._table()}")
         owners, troubled_until = self.owners(), self.troubled_until
         self._pass_time(LEASE_S)
-        if self.owners() != owners and self.troubled_until == troubled_until:
+        # A lease with an epoch that was there before may hide its owner for long; who sees it then evens out.
+        if self.owners() != owners and self.troubled_until == troubled_until and not self.blobs.epochs_come_again:
             raise Violation(f"leases move although the hosts are even: {owners}, then {self._table()}")
         for name, write in self.late:
             self._land(name, write)

@@ -141,7 +141,14 @@ class Pump:
             self.fenced = last if isinstance(last, int) else 0
             self._log.warning("reader fenced", partition=self.partition, offset=self._offset, error=str(error))
             self.stop(CloseReason.LEASE_LOST)
-        except (OffsetTrimmed, OffsetBeyondEnd, FrameDamaged, ArchiveError) as error:
+        except OffsetTrimmed as error:
+            # Of a host that was paused it may say no more than that another has taken its lease and got on.
+            try:
+                self.holding.renew()
+            except (LostRace, StoreUnavailable):
+                return POLL_S
+            self._park(error)
+        except (OffsetBeyondEnd, FrameDamaged, ArchiveError) as error:
             self._park(error)
         except Exception as error:  # user code may raise anything
             return self._failed(error)

@@ -8,7 +8,8 @@ back (`encode_lease`). So it shows who lives (the mark changed) and who lost it 
 - when its mark did not change for the lease time. It has expired if the read then finds the very write that the mark was of; so
   an old listing never makes a living host look dead, and times of different clocks are never compared.
 
-What was only renewed is read before it is stolen (`confirm`): the etag is needed then, and others may be stealing too.
+What was only renewed is read before it is stolen (`confirm`): the etag is needed then, and others may be stealing too. And now and
+then it is read whatever its length says, since a lease that somebody deleted may come back with an epoch that was there before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from penstock.processor.lease import Lease, decode_lease, lease_name, leases_pre
 
 LOOKS: Final = 20
 """Looks in a lease time: a lease that expires or is given back is seen within a twentieth of it."""
+_READ_ANYWAY: Final = 128 * LOOKS
+"""Looks, after which each lease is read once: about an hour with leases of 30 s."""
 
 
 class Seen(msgspec.Struct):
@@ -66,6 +69,7 @@ class Watch:
         self._expired: set[int] = set()
         self._unknown: set[int] = set()
         self._own: dict[int, tuple[str, str]] = {}
+        self._looks = 0
 
     def look(self, own: Mapping[int, str]) -> Sequence[int]:
         """See what there is now; `own` has the observer's leases with the tokens of its last writes. Raises StoreError.
@@ -76,11 +80,13 @@ class Watch:
         listed = self._listed()
         told_at = self._clock.monotonic()
         self._expired.clear()
-        self._unknown.clear()
+        self._looks += 1
+        unknown, self._unknown = self._unknown, set()
         for partition in range(self._partitions):
             if partition in own:
                 self._seen.pop(partition, None)
-            elif self._is_read(partition, listed.get(partition), asked_at, told_at):
+            # One that could not be read is read again: its mark is noted as seen, but what it says is not.
+            elif self._is_read(partition, listed.get(partition), asked_at, told_at) or partition in unknown:
                 self._read(partition)
         # The mark is another, and the last write of our own is not.
         marks = {p: (token, listed[p].mark if p in listed else "") for p, token in own.items()}
@@ -133,6 +139,8 @@ class Watch:
             seen.mark, seen.size, seen.since = listed.mark, listed.size, told_at
             if changed:
                 return True
+        if seen.read != seen.mark and (partition + self._looks) % _READ_ANYWAY == 0:
+            return True
         return asked_at - seen.since >= self._lease_s or seen.lease.owner in ("", self._me)
 
     def _read(self, partition: int) -> None:
