@@ -16,7 +16,7 @@ from penstock.hub.groups import SEEN_MS, Progress, Reader, seen_at_ms
 from penstock.processor.lease import Lease, encode_lease, lease_name
 from penstock.server.housekeeping import CLOCK_DOUBTED_S, LISTENED_S, READER_LAG_MOST, Housekeeping
 from penstock.telemetry.log import open_log
-from penstock.testing import FakeClock, MemoryBlobs, MemoryHub
+from penstock.testing import FakeClock, FaultyBlobs, MemoryBlobs, MemoryHub
 
 RETENTION_S = 100.0
 
@@ -91,6 +91,7 @@ class House:
         self.keeping = Housekeeping(
             self.hub, self.store, retention_s=RETENTION_S, archived=archived, clock=self.clock, log=log
         )
+        self.keeping._retain_s = 0.0  # at each round
 
     def checkpoint(self, number: int, *, owner: str = "up") -> None:
         name = lease_name("$archive", 0)
@@ -217,6 +218,22 @@ def test_control_without_the_groups_what_they_have_not_read_would_be_gone() -> N
     assert house.hub.bounds(0).first == 20
 
 
+def test_the_archives_leases_are_read_a_hundred_times_in_the_retention_and_not_each_second() -> None:
+    house = House()
+    asked: list[str] = []
+    counting = FaultyBlobs(house.store, lambda operation, name: asked.append(name))  # type: ignore[arg-type, func-returns-value]
+    keeping = Housekeeping(
+        house.hub, counting, retention_s=RETENTION_S, archived=True, clock=house.clock, log=house.keeping._log
+    )
+    aged(house)
+    house.checkpoint(10)
+    for _ in range(10 * round(RETENTION_S)):
+        house.clock.advance(0.1)
+        keeping.round()
+    assert 80 <= len(asked) <= 101
+    assert house.hub.bounds(0).first == 10
+
+
 @pytest.mark.parametrize("waits", [True, False], ids=["waits", "control: does not wait"])
 def test_retention_of_the_embedded_hub_waits_for_a_group(tmp_path: Path, waits: bool) -> None:
     clock, store, line = FakeClock(jumps=True), MemoryBlobs(), b'{"deviceId":"a"}\n'
@@ -224,6 +241,7 @@ def test_retention_of_the_embedded_hub_waits_for_a_group(tmp_path: Path, waits: 
     with EmbeddedHub(tmp_path, bytes_max=64 << 20, clock=clock) as hub:
         log = open_log("api-0", clock=clock, level="info", stream=Lines())  # type: ignore[arg-type]
         keeping = Housekeeping(hub, store, retention_s=RETENTION_S, archived=False, clock=clock, log=log)
+        keeping._retain_s = 0.0
         for number in (1, 2):
             hub.append([Batch("p", 1, number, 10, (EventGroup(0, 10, line * 10),))])
         if waits:

@@ -21,6 +21,8 @@ from penstock.telemetry.log import Log
 
 ROUND_S: Final = 1.0
 READER_LAG_MOST: Final = 10_000
+RETAIN_S_MOST: Final = 60.0
+"""Retention looks so often, or a hundred times in its time: each look reads the archive's leases, which costs money in a cloud."""
 CLOCK_MOVES_MOST_S: Final = 60.0
 CLOCK_DOUBTED_S: Final = 3600.0
 LISTENED_S: Final = 3600.0
@@ -65,6 +67,8 @@ class Housekeeping:
         self._ahead_s = clock.now_ms() / 1000 - clock.monotonic()
         self._trusted_from_s = clock.monotonic()
         self._listening_since_s = clock.monotonic()
+        self._retain_s = min(RETAIN_S_MOST, retention_s / 100)
+        self._retain_at_s = clock.monotonic()
 
     def run(self, stop: threading.Event, broken: Callable[[HubBroken], None]) -> None:
         """Until `stop` is set. `broken` is called, and it ends, when the hub's storage failed."""
@@ -90,8 +94,9 @@ class Housekeeping:
         self._say(
             "pinned", "A reader has been open for too long and keeps pages from being used again." if pinned else ""
         )
-        if not trusted:
+        if not trusted or self._clock.monotonic() < self._retain_at_s:
             return
+        self._retain_at_s = self._clock.monotonic() + self._retain_s
         self._forget()
         holding: dict[str, list[int]] = {}
         for partition in range(self._hub.partitions()):
