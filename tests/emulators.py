@@ -60,6 +60,15 @@ class Emulator:
         with mock.patch.dict(os.environ, environment):
             return open_cloud(url or self.fresh_url(), os.environ)
 
+    def download(self, url: str, folder: Path) -> Path:
+        """Everything below `url` as files in `folder`."""
+        store = self.open(url)
+        for blob in store.list(""):
+            path = folder / blob.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"".join(store.stream(blob.name)))
+        return folder
+
 
 @contextlib.contextmanager
 def azurite(folder: Path) -> Iterator[Emulator]:

@@ -88,15 +88,6 @@ def proxy(azurite: Emulator) -> Iterator[StoreProxy]:
         yield running
 
 
-def download(azurite: Emulator, url: str, folder: Path) -> Path:
-    store = azurite.open(url)
-    for blob in store.list(""):
-        path = folder / blob.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(store.stream(blob.name)))
-    return folder
-
-
 def test_hosts_are_killed_frozen_and_cut_off(
     make_system: Make, azurite: Emulator, proxy: StoreProxy, tmp_path: Path
 ) -> None:
@@ -137,7 +128,7 @@ def test_hosts_are_killed_frozen_and_cut_off(
     load.stop()
     wait_for("the three that live share all leases", lambda: _owned(azurite, url, fleet), 60)
     system.settle()
-    assert problems(download(azurite, url, tmp_path / "copy"), PARTITIONS, load.batches) == []
+    assert problems(azurite.download(url, tmp_path / "copy"), PARTITIONS, load.batches) == []
     if not ROUNDS:
         assert (set(fleet.done), set(met)) == ({"kill", "freeze", "stop", "same name"}, set(Fault))
     for host in fleet.hosts:

@@ -22,15 +22,6 @@ def lines(begin: int, end: int) -> list[bytes]:
     return [b'{"deviceId":"d-%d","n":%d,"text":"%032d"}' % (n % 97, n, n * n) for n in range(begin, end)]
 
 
-def download(azurite: Emulator, url: str, folder: Path) -> Path:
-    store = azurite.open(url)
-    for blob in list(store.list("")):
-        path = folder / blob.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(store.stream(blob.name)))
-    return folder
-
-
 def test_events_are_in_the_cloud_exactly_once_also_after_kill(
     make_system: Make, azurite: Emulator, tmp_path: Path
 ) -> None:
@@ -48,7 +39,7 @@ def test_events_are_in_the_cloud_exactly_once_also_after_kill(
     system.settle()
 
     assert not (system.data / "store").exists()
-    folder = download(azurite, url, tmp_path / "copy")
+    folder = azurite.download(url, tmp_path / "copy")
     assert problems(folder, 16, [[Batch(part) for part in parts]]) == []
     rows = duckdb.execute(f"select count(*), count(distinct n) from read_json('{folder}/[0-9]*/*.json.gz')").fetchall()
     assert rows == [(5000, 5000)]
@@ -74,7 +65,7 @@ def test_a_host_of_its_own_archives_into_the_cloud(make_system: Make, azurite: E
     assert system.run("send", "--url", system.url, "-", stdin=b"\n".join(events)).returncode == 0
     system.check("flush")
     system.check("verify")
-    assert problems(download(azurite, url, tmp_path / "copy"), 4, [[Batch(events)]]) == []
+    assert problems(azurite.download(url, tmp_path / "copy"), 4, [[Batch(events)]]) == []
 
 
 def test_a_store_that_does_not_know_conditions_is_refused(make_system: Make, moto: Emulator) -> None:
