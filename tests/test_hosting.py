@@ -367,12 +367,31 @@ def test_a_processor_can_be_tested_in_memory() -> None:
         ({"group": ""}, "name of a group"),
         ({"name": "a b"}, "name of a host"),
         ({"hub": "http://127.0.0.1:1", "store": None}, "must be said"),
-        ({"store": "ftp://x/y"}, "The store ftp://x/y"),
+        ({"store": "ftp://x/y"}, "The store's address is none"),
+        ({"begin": "END"}, "begin is"),
+        ({"lease_s": 0}, "lease_s is at least 1 s"),
+        ({"lease_s": float("nan")}, "lease_s is at least 1 s"),
     ],
 )
 def test_what_makes_no_host(bench: Bench, options: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingsError, match=says.replace("$", r"\$")):
         bench.host(**{"hub": bench.data} | options)
+
+
+@pytest.mark.parametrize("processor", [None, Exception(), "Alarm"])
+def test_what_is_no_processor(bench: Bench, processor: Any) -> None:
+    with pytest.raises(SettingsError, match="A processor is a class"):
+        bench.host(bench.data).run(processor)
+
+
+def test_a_host_that_was_asked_to_stop_before_it_began_ends_at_once(bench: Bench) -> None:
+    """As by a signal while it looks for hub and store."""
+    host = bench.host(bench.data)
+    host.ask_stop()
+    host.run(lambda events: events.next_offset)
+    assert bench.log.count("host ends") == 0
+    with pytest.raises(SettingsError, match="starts once"):
+        host.start(lambda events: events.next_offset)
 
 
 def test_a_folder_without_a_hub(bench: Bench, tmp_path: Path) -> None:

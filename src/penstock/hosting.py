@@ -20,6 +20,7 @@ import re
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,7 @@ from penstock.processor.pump import Log
 from penstock.telemetry.log import open_log
 from penstock.wire import frame
 
+LEASE_S_LEAST = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -136,6 +138,10 @@ class EventProcessorHost:
         for what, text in (("group", group), ("host", self.name)):
             if not _NAME.fullmatch(text):
                 raise SettingsError(f"The name of a {what} is at most 64 of A-Z a-z 0-9 . _ -, not {text!r}.")
+        if begin not in ("start", "end"):
+            raise SettingsError(f'begin is "start" or "end", not {begin!r}.')
+        if not lease_s >= LEASE_S_LEAST:
+            raise SettingsError(f"lease_s is at least {LEASE_S_LEAST:g} s, not {lease_s!r}.")
         if store is None and isinstance(hub, str | Path) and "://" not in str(hub):
             store = Path(hub) / "store"
         if store is None:
@@ -152,6 +158,7 @@ class EventProcessorHost:
         self._open: set[_Fed] = set()
         self._closing = contextlib.ExitStack()
         self._host: processor_host.EventProcessorHost | None = None
+        self._asked = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -164,7 +171,7 @@ class EventProcessorHost:
     def run(self, processor: Factory | Function) -> None:
         """`start`, then block until the host is stopped, or Ctrl-C. Raises what ended it, if that was not `stop`."""
         try:
-            self._prepare().run(self._factory(processor))
+            self._prepare(processor).run(self._factory(processor))
         finally:
             self.stop()
 
@@ -173,15 +180,17 @@ class EventProcessorHost:
 
         A host starts once. Raises HubUnavailable, StoreUnavailable when they do not answer, SettingsError when they are not usable.
         """
-        self._prepare().start(self._factory(processor))
+        self._prepare(processor).start(self._factory(processor))
 
     def ask_stop(self) -> None:
         """Stop soon; does not wait, so a signal handler or a processor may call it."""
+        self._asked.set()
         if self._host is not None:
             self._host.ask_stop()
 
     def stop(self) -> None:
         """Close the processors, write their checkpoints, give the leases back. Waits for it, 5 s at most for a processor."""
+        self._asked.set()
         if self._host is not None:
             self._host.stop()
             # A processor that did not end may still have a read under way, which would lose its map.
@@ -209,8 +218,13 @@ class EventProcessorHost:
             for pump in (self._host.state() if self._host else ())
         ]
 
-    def _prepare(self) -> processor_host.EventProcessorHost:
-        assert self._host is None, "a host starts once: make another"
+    def _prepare(self, processor: object) -> processor_host.EventProcessorHost:
+        if self._host is not None:
+            raise SettingsError("A host starts once: make another.")
+        if not callable(processor):
+            raise SettingsError(
+                f"A processor is a class, such as Alarm and not Alarm(), or a function; not {processor!r}."
+            )
         with contextlib.ExitStack() as opened:
             hub = opened.enter_context(self._open_hub())
             probe(self._store, name=self._store_name)
@@ -228,6 +242,9 @@ class EventProcessorHost:
             )
             announce(hub, self._host, self._group)
             self._closing = opened.pop_all()
+        if self._asked.is_set():
+            # Asked meanwhile, by a signal maybe: there was nobody yet to be told.
+            self._host.ask_stop()
         return self._host
 
     @contextlib.contextmanager

@@ -150,6 +150,16 @@ def test_forgetting(hub: EmbeddedHub, clock: FakeClock) -> None:
     assert known(hub)[("z", 0)] == (1, 0)
 
 
+def test_an_old_note_does_not_bring_back_an_epoch_of_before(hub: EmbeddedHub) -> None:
+    """Another worker had heard it last; meanwhile the group was forgotten and began anew."""
+    hub.groups.heard("alarms", 1, 5, 10)
+    hub.groups.heard("alarms", 1, 5, 90)
+    assert hub.groups.forget("alarms")
+    hub.groups._begin("alarms", 1, Progress(1, 20, START_MS))
+    hub.groups.keep()
+    assert known(hub) == {("alarms", 1): (1, 20)}
+
+
 def test_an_old_note_does_not_bring_back_what_was_forgotten(hub: EmbeddedHub) -> None:
     hub.groups.heard("alarms", 0, 2, 5)
     hub.groups.heard("alarms", 0, 2, 9)

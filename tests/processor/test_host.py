@@ -16,6 +16,7 @@ from penstock.events import Slice
 from penstock.processor import CloseReason
 from penstock.processor.host import EventProcessorHost
 from penstock.processor.lease import Holding, Lease, Start, read_leases
+from penstock.processor.watch import LOOKS
 from penstock.testing import FakeClock, Fault, FaultyBlobs, MemoryBlobs, MemoryHub, MemoryLog
 from penstock.wire.frame import events as events_of
 from tests.processor.conftest import until
@@ -453,8 +454,53 @@ def test_a_store_that_is_slow_with_one_lease_keeps_no_other_from_renewal(many: W
         for pump in a.host._pumps.values():
             pump.holding._store = FaultyBlobs(many.store, slow)
         many.pass_time(LEASE_S / 3, a)
-    first = list(a.host._pumps).index(0)
+        first = list(a.host._pumps).index(0)
+        a.host.stop()
     assert renewed.index("_leases/g/0.json") == (15 if at_once else first)
+
+
+def test_a_slow_store_does_not_let_expire_what_was_taken_first(many: World) -> None:
+    """Each call takes a thirtieth of the lease time: to take sixteen takes longer than that."""
+    a = many.member("a")
+    slow = FaultyBlobs(many.store, lambda _operation, _name: many.clock.advance(LEASE_S / 30))
+    a.host._store = a.host._watch._store = slow
+    a.round()
+    oldest = max(pump.holding.age_s() for pump in a.host._pumps.values())
+    assert len(a.partitions()) == 16
+    assert many.clock.monotonic() > LEASE_S
+    assert oldest < LEASE_S * 0.8
+
+
+def test_hosts_even_out_on_a_slow_store(many: World) -> None:
+    """While the newcomer reads what its victim has, this one renews it all."""
+    a, b = many.member("a"), many.member("b")
+    a.round()
+
+    def slow(_operation: str, _name: str) -> None:
+        many.clock.advance(LEASE_S / 50)
+        a.host._renew_due()
+
+    b.host._store = b.host._watch._store = FaultyBlobs(many.store, slow)
+    for _ in range(3 * LOOKS):
+        b.round()
+        a.round()
+        many.clock.advance(LEASE_S / LOOKS)
+    assert len(b.partitions()) == 8
+
+
+def test_a_log_that_fails_does_not_keep_a_host_from_its_end(many: World) -> None:
+    class Gone(MemoryLog):
+        def info(self, event: str, **fields: object) -> None:
+            if event == "lease given back":
+                raise BrokenPipeError("nobody reads the log")
+
+    a = many.member("a")
+    a.host._log = Gone()
+    a.host.start(a.factory)
+    until(lambda: len(a.partitions()) == 16)
+    a.host.stop()
+    assert {lease.owner for lease in many.leases() if lease} == {""}
+    assert isinstance(a.host.error, BrokenPipeError)
 
 
 def test_an_epoch_that_the_hub_has_seen_is_passed_over(one: World) -> None:

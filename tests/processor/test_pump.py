@@ -16,7 +16,7 @@ from penstock.errors import (
     ReaderFenced,
     StoreUnavailable,
 )
-from penstock.events import FrameKind, Slice
+from penstock.events import Bounds, FrameKind, Slice
 from penstock.processor import CloseReason
 from penstock.processor.lease import Start, Writer, claim, decode_lease, lease_name, take_over
 from penstock.processor.pump import TRIES, Pump
@@ -162,6 +162,35 @@ def test_a_hub_that_does_not_answer_costs_the_processor_nothing(stage: Stage) ->
     until(lambda: stage.checkpoint() == 2, each=stage.tick)
     assert (stage.made, stage.closed) == (1, []), "the processor that there was goes on"
     assert stage.log.count("hub does not answer", partition=0) == 1
+
+
+def test_an_outage_of_the_hub_is_not_taken_for_a_processor_that_hangs(stage: Stage) -> None:
+    def away(*_: object, **__: object) -> Slice:
+        raise HubUnavailable("nobody answers")
+
+    stage.put()
+    stage.hub.read = away  # type: ignore[method-assign]
+    stage.pump.start()
+    begun = stage.clock.monotonic()
+    until(lambda: stage.clock.monotonic() > begun + 20 * LEASE_S and stage.pump.stalled_s() < LEASE_S, each=stage.tick)
+
+
+def test_a_hub_hears_of_a_parked_partition(stage: Stage) -> None:
+    """A hub that is read over HTTP forgets who is silent, and with it what is kept for him."""
+    asked: list[int] = []
+    bounds = stage.hub.bounds
+
+    def counted(partition: int) -> Bounds:
+        asked.append(partition)
+        return bounds(partition)
+
+    stage.fail = lambda _events: {}["temperature"]
+    stage.put()
+    stage.pump.start()
+    until(lambda: stage.pump.parked is not None, each=stage.tick)
+    stage.hub.bounds = counted  # type: ignore[method-assign]
+    until(lambda: len(asked) > 5, each=stage.tick)
+    assert stage.pump.parked is not None
 
 
 def test_what_was_trimmed_behind_the_new_owner_is_no_alarm(stage: Stage) -> None:

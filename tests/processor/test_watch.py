@@ -207,6 +207,21 @@ def test_no_listing_is_an_error_and_nothing_is_taken_for_expired(world: World) -
     assert not any(world.watch.expired(partition) for partition in range(PARTITIONS))
 
 
+def test_listings_that_have_other_marks_than_reads_do_not_keep_the_dead(world: World) -> None:
+    class Foreign(FaultyBlobs):
+        def list(self, prefix: str) -> Iterator[Listed]:
+            return (Listed(blob.name, blob.size, "always the same") for blob in super().list(prefix))
+
+    watch = world.watching(Foreign(world.store, lambda _operation, _name: None))
+    watch.look({})
+    world.holdings.clear()
+    expired: set[int] = set()
+    for _ in range(LOOKS + 2):
+        world.pass_time(LEASE_S / LOOKS, watch=watch)
+        expired |= {partition for partition in range(PARTITIONS) if watch.expired(partition)}
+    assert expired == set(range(PARTITIONS))
+
+
 class Stale:
     """A store whose listings are up to `behind` listings old, or hide names, as the seed says."""
 

@@ -150,6 +150,18 @@ def test_a_hub_that_gets_nothing_does_not_get_full(tmp_path: Path) -> None:
     assert report.retention and report.retention.full_in_s is None
 
 
+def test_an_archiver_that_reads_over_http_archives_too(tmp_path: Path) -> None:
+    """Its leases may be in a store of which this installation knows nothing."""
+    clock = FakeClock()
+    hub = Hub(1, clock=clock)
+    hub.put(0, [b'{"deviceId":"a"}'] * 10)
+    hub.groups.known = [Reader("$archive", 0, Progress(2, 7, clock.now_ms()))]
+    runs(tmp_path, Retention(100, False))
+    report = build_status(hub, MemoryBlobs(), run_folder=tmp_path, clock=clock)
+    assert (report.totals.archived, report.partitions[0].lag_events, report.partitions[0].epoch) == (7, 3, 2)
+    assert report.retention is not None and report.retention.unread == "kept"
+
+
 def test_groups_that_read_over_http_are_shown(tmp_path: Path) -> None:
     clock = FakeClock()
     hub = Hub(2, clock=clock)

@@ -79,6 +79,26 @@ def _print_status(report: Status) -> None:
             "" if one.retention_left_s is None else span(one.retention_left_s),
         )
     out.print(table)
+    if report.groups:
+        groups = Table(
+            "group",
+            "partition",
+            "epoch",
+            "checkpoint",
+            "lag events",
+            "heard of s ago",
+            title="groups that read over HTTP",
+        )
+        for group in report.groups:
+            row = [
+                group.group,
+                str(group.partition),
+                str(group.epoch),
+                f"{group.checkpoint:,}",
+                f"{group.lag_events:,}",
+            ]
+            groups.add_row(*row, f"{group.age_s:,.0f}")
+        out.print(groups)
 
 
 def _time_left(now: RetentionStatus) -> str:

@@ -126,6 +126,7 @@ def _prepare(where: Layout, values: Values) -> None:
     if not is_field(values.text("device-field")):
         raise SettingsError(f"--device-field {values.text('device-field')!r} cannot name a field.")
     store = open_store(where)
+    probe(store, name=where.store_name)
     if not (where.hub / "data.mdb").exists() and owner(store) is not None:
         raise SettingsError(
             f"The store {where.store_name} belongs to another hub than the one to be made in {where.data}."
@@ -138,7 +139,6 @@ def _prepare(where: Layout, values: Values) -> None:
         clock=SystemClock(),
     )
     Files().sync_folder(where.hub)  # the names that LMDB has made
-    probe(store, name=where.store_name)
     with reading_hub(where, values) as hub:
         claim(store, hub, SystemClock())
         refuse_older(store, hub)

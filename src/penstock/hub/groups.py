@@ -101,9 +101,9 @@ class Groups:
             return
         with self._writer.transaction() as txn:
             for key, now in due.items():
-                # A group that was forgotten since comes back with its next request, not with an old note.
+                # A group that was forgotten since comes back with its next request, not with an old note, also where it has begun anew.
                 kept = self._get(txn, key)
-                following = after(kept, now) if kept else None
+                following = after(kept, now) if kept and kept.epoch == now.epoch else None
                 if following is not None:
                     txn.put(key, _encode(following), db=self._databases.meta)
 
@@ -160,7 +160,7 @@ def _key(group: str, partition: int) -> bytes:
 def _fenced(group: str, partition: int, kept: Progress | None) -> ReaderFenced:
     epoch = kept.epoch if kept else 0
     return ReaderFenced(
-        f"Epoch {epoch} of group {group} reads partition {partition}: this host has lost the lease. Nothing was read. If the group's "
-        f"leases were deleted or moved, `DELETE /v1/groups/{group}` on the admin port makes the hub forget its epochs.",
+        f"Epoch {epoch} of group {group} reads partition {partition}: this host has lost the lease, or the group's leases were deleted and "
+        "began anew. Nothing was read. If the lease is still its own, it takes it again behind that epoch, after two lease times.",
         last_epoch=epoch,
     )

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import msgspec
 
 from penstock.clock import Clock, SystemClock, parse_timestamp, timestamp
-from penstock.errors import FrameDamaged, HubError, HubUnavailable, PenstockError, SettingsError
+from penstock.errors import FrameDamaged, HubError, HubUnavailable, NotFound, PenstockError, SettingsError
 from penstock.events import Bounds, Frame, Slice
 from penstock.wire import frame, problem
 
@@ -247,6 +247,10 @@ class RemoteHub:
         error = problem.rebuilt(answer.body) if is_problem else None
         if error is None:
             return HubUnavailable(f"{self._where} answers {answer.status}, and not as a hub of Penstock does.")
+        if isinstance(error, NotFound) and not self._id:
+            return SettingsError(
+                f"{self._where}{self._base} is not the API that events are read from (it answers 404): is it the admin port?"
+            )
         if isinstance(error, FrameDamaged) or (error.status < 500 and not error.retryable):
             return error
         # A worker that failed is started again, and others answer meanwhile.

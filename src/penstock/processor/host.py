@@ -9,25 +9,37 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import msgspec
 
 from penstock.blobs import BlobStore
 from penstock.clock import Clock
-from penstock.errors import LostRace, PenstockError, StoreError, StoreUnavailable
+from penstock.errors import LostRace, PenstockError, StoreError
 from penstock.hub import Hub
 from penstock.processor import CloseReason, ProcessorFactory
 from penstock.processor.balance import Plan, View, plan
-from penstock.processor.lease import Holding, Start, Writer, claim, decode_lease, lease_name, take_over
+from penstock.processor.lease import (
+    Each,
+    Holding,
+    Start,
+    Writer,
+    claim,
+    decode_lease,
+    lease_name,
+    one_by_one,
+    released,
+    renewed,
+    take_over,
+)
 from penstock.processor.moves import Moves
 from penstock.processor.pump import Log, Pump
 from penstock.processor.watch import LOOKS, Seen, Watch
 
 STOP_S_MAX = 5.0
-RENEWALS_AT_ONCE = 8
+RENEWALS_AT_ONCE = 32
 WAKE_S = 0.5
 
 
@@ -40,27 +52,6 @@ class PumpState(msgspec.Struct, frozen=True):
     checkpoint: int
     stalled_s: float
     parked: str | None
-
-
-class Each(Protocol):
-    """Does something with each of some things, in any order or all at once, and gives the results in theirs."""
-
-    def __call__(
-        self, act: Callable[[Pump], StoreError | None], over: Sequence[Pump], /
-    ) -> Iterable[StoreError | None]: ...
-
-
-def one_by_one(act: Callable[[Pump], StoreError | None], over: Sequence[Pump]) -> list[StoreError | None]:
-    return [act(pump) for pump in over]
-
-
-def _renewed(pump: Pump) -> StoreError | None:
-    """Renew; what went wrong, if anything did. A store that is slow with one lease must not keep the others waiting."""
-    try:
-        pump.holding.renew()
-    except (LostRace, StoreUnavailable) as error:
-        return error
-    return None
 
 
 class EventProcessorHost:
@@ -110,6 +101,7 @@ class EventProcessorHost:
             clock=clock,
             lease_s=lease_s,
             trouble=self._not_read,
+            between=self._between,
         )
         self._moves = Moves(store, group, clock=clock, log=log)
         self._stop = threading.Event()
@@ -181,18 +173,24 @@ class EventProcessorHost:
     def round(self, factory: ProcessorFactory) -> None:
         """Renew what is due, look at the rest, take what `plan` says. The thread does it `LOOKS` times in a lease time."""
         self._leaving = {p: pump for p, pump in self._leaving.items() if not pump.ended.is_set()}
-        self._renew([pump for pump in list(self._pumps.values()) if self._is_due(pump)])
+        self._renew_due()
         try:
             touched = self._watch.look({p: pump.holding.lease.token for p, pump in self._pumps.items()})
         except StoreError as error:
             self._trouble(None, "leases not listed", error)
             return
         self._well(None, "leases not listed")
-        self._renew([self._pumps[partition] for partition in touched])
+        self._renew([self._pumps[partition] for partition in touched if partition in self._pumps])
         for partition in self._chosen():
             if self._stop.is_set():
                 return
             self._take(partition, factory)
+            self._renew_due()
+
+    def _renew_due(self) -> None:
+        """Between any two calls of the store that may be slow: what was taken first must not expire while the last is taken."""
+        due = [pump for pump in list(self._pumps.values()) if self._is_due(pump)]
+        self._renew(sorted(due, key=lambda pump: pump.holding.age_s(), reverse=True))
 
     def _chosen(self) -> Sequence[int]:
         """The partitions to take in this round."""
@@ -204,7 +202,8 @@ class EventProcessorHost:
             seen = self._watch.seen(chosen.steal)
             assert seen is not None, "only what somebody has is stolen"
             if seen.lease.owner in confirmed:
-                return (chosen.steal,)
+                # By now it may have been renewed again: a store that is slow takes long for all that a victim has.
+                return (chosen.steal,) if self._watch.has(seen.lease.owner, chosen.steal) else ()
             self._watch.confirm(seen.lease.owner)
             confirmed.add(seen.lease.owner)
 
@@ -220,13 +219,17 @@ class EventProcessorHost:
         except Exception as error:  # the top of the thread
             self._fail(error)
         finally:
-            self._shut()
-            self._done.set()
+            try:
+                self._shut()
+            except Exception as error:  # the top of the thread, and others wait for its end
+                self._error = self._error or error
+            finally:
+                self._done.set()
 
     def _is_due(self, pump: Pump) -> bool:
         """Whether to renew: three times in a lease time, and when the lease is lost. Gives back what has to be given back."""
         if pump.holding.held and pump.ended.is_set():
-            self._give_back(pump, CloseReason.FAILED, "processor ended")
+            self._give_back(pump, CloseReason.FAILED, "a newer epoch reads" if pump.fenced else "processor ended")
             return False
         if pump.holding.held and pump.stalled_s() > self._stuck_s:
             self._give_back(pump, CloseReason.STUCK, "processor stuck")
@@ -234,7 +237,7 @@ class EventProcessorHost:
         return not pump.holding.held or pump.holding.age_s() >= self._lease_s / 3
 
     def _renew(self, pumps: Sequence[Pump]) -> None:
-        for pump, error in zip(pumps, self._each(_renewed, pumps), strict=True):
+        for pump, error in zip(pumps, self._each(renewed, [pump.holding for pump in pumps]), strict=True):
             if isinstance(error, LostRace):
                 self._lost(pump)
             elif error is not None:
@@ -261,7 +264,7 @@ class EventProcessorHost:
             )
 
     def _give_back(self, pump: Pump, reason: CloseReason, why: str) -> None:
-        # Others need a chance to take it before we do: they look every third of a lease time.
+        # Others need a chance to take it before we do.
         self._cool_until[pump.partition] = self._clock.monotonic() + 2 * self._lease_s
         self._fenced[pump.partition] = pump.fenced
         self._let_go(pump, reason)
@@ -275,11 +278,12 @@ class EventProcessorHost:
         del self._pumps[pump.partition]
 
     def _release(self, pump: Pump) -> None:
-        try:
-            pump.holding.release()
-        except LostRace:
+        self._say_released(pump, released(pump.holding))
+
+    def _say_released(self, pump: Pump, error: StoreError | None) -> None:
+        if isinstance(error, LostRace):
             return
-        except StoreUnavailable as error:
+        if error is not None:
             self._log.warning("lease not given back", partition=pump.partition, error=str(error))
             return
         self._log.info("lease given back", partition=pump.partition, checkpoint=pump.holding.lease.sequence_number)
@@ -355,14 +359,19 @@ class EventProcessorHost:
         for pump in pumps:
             if not self._clock.wait(pump.ended, max(0.0, until - self._clock.monotonic())):
                 self._log.warning("processor did not end", partition=pump.partition, offset=pump.offset)
-            self._release(pump)
-            del self._pumps[pump.partition]
+        self._pumps.clear()
+        for pump, error in zip(pumps, self._each(released, [pump.holding for pump in pumps]), strict=True):
+            self._say_released(pump, error)
 
     def _fail(self, error: Exception) -> None:
         if self._error is None:
             self._error = error
             self._log.error("host ends", host=self.name, group=self._group, error=str(error), exc_info=error)
         self._stop.set()
+
+    def _between(self) -> bool:
+        self._renew_due()
+        return not self._stop.is_set()
 
     def _not_read(self, partition: int, error: StoreError | None) -> None:
         if error is None:

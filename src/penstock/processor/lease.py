@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from penstock.blobs import BlobStore, Exists
 from penstock.clock import Clock
-from penstock.errors import BlobNotFound, LostRace, StoreError
+from penstock.errors import BlobNotFound, LostRace, StoreError, StoreUnavailable
 
 _KEYS = {
     "partition": "PartitionId",
@@ -214,6 +214,36 @@ class Holding:
                 self._lost = True
                 raise LostRace(f"{self._name} was taken from {self._writer.owner}", blob=self._name) from error
             self._lease, self._etag, self._renewed_at = lease, etag, began_at
+
+
+class Each(Protocol):
+    """Does something with each of some holdings, in any order or all at once, and gives the results in theirs."""
+
+    def __call__(
+        self, act: Callable[[Holding], StoreError | None], over: Sequence[Holding], /
+    ) -> Iterable[StoreError | None]: ...
+
+
+def one_by_one(act: Callable[[Holding], StoreError | None], over: Sequence[Holding]) -> list[StoreError | None]:
+    return [act(holding) for holding in over]
+
+
+def renewed(holding: Holding) -> StoreError | None:
+    """Renew; what went wrong, if anything did. A store that is slow with one lease must not keep the others waiting."""
+    try:
+        holding.renew()
+    except (LostRace, StoreUnavailable) as error:
+        return error
+    return None
+
+
+def released(holding: Holding) -> StoreError | None:
+    """Give it back; what went wrong, if anything did."""
+    try:
+        holding.release()
+    except (LostRace, StoreUnavailable) as error:
+        return error
+    return None
 
 
 def claim(store: BlobStore, clock: Clock, group: str, partition: int, writer: Writer, *, start: Start) -> Holding:

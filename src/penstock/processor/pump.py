@@ -8,6 +8,7 @@ What the log or the archive itself says is wrong parks at once.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from penstock.processor.lease import Holding
 
 POLL_S = 0.25
 HUB_PAUSE_S = 2.0
+HEARD_S = 5.0
 READ_BYTES_MAX = 1 << 20
 TRIES = 5
 BACKOFF_S_MAX = 30.0
@@ -77,6 +79,7 @@ class Pump:
         self._due: str | None = None
         self._checkpoint_waits = self._hub_waits = False
         self._parked: str | None = None
+        self._heard_again_at = clock.monotonic()
         self._failures = 0
         self._tries = 0
         self._failed_to = -1
@@ -128,10 +131,11 @@ class Pump:
             # Lost while we renewed in time: a living host took it to even out.
             self.stop(CloseReason.LEASE_LOST if doubt else CloseReason.REBALANCED)
             return 0.0
-        if doubt or self._parked:
+        if doubt:
+            self._progress_at = self._clock.monotonic()  # it is not the processor that stands still
             return POLL_S
         try:
-            return self._step()
+            return self._stand_still() if self._parked else self._step()
         except HubBroken:
             raise
         except ReaderFenced as error:
@@ -154,6 +158,14 @@ class Pump:
             return self._failed(error)
         return 0.0
 
+    def _stand_still(self) -> float:
+        """Of a parked partition: a hub that is read over HTTP must hear of it, or its retention would not wait for it."""
+        if self._clock.monotonic() >= self._heard_again_at:
+            self._heard_again_at = self._clock.monotonic() + HEARD_S
+            with contextlib.suppress(HubUnavailable):
+                self._hub.bounds(self.partition)
+        return POLL_S
+
     def _step(self) -> float:
         self._settle()
         try:
@@ -165,6 +177,7 @@ class Pump:
                     "hub does not answer", partition=self.partition, offset=self._offset, error=str(error)
                 )
             self._hub_waits = True
+            self._progress_at = self._clock.monotonic()
             return HUB_PAUSE_S
         self._hub_waits = False
         markers = _markers_at_end(events)

@@ -33,7 +33,8 @@ _READ_ANYWAY: Final = 128 * LOOKS
 class Seen(msgspec.Struct):
     """A lease as it was read, and the last write that was noticed: its mark, length, and since when it was there (monotonic s).
 
-    `since` is taken after the answer that showed it: the writer began that write before, whatever the request took.
+    Times are taken after the answer that showed a write: the writer began it before, whatever the request took. `read_since` is when
+    the write that was read was read first: that is enough where a store's listings have other marks than its reads.
     """
 
     lease: Lease
@@ -42,10 +43,11 @@ class Seen(msgspec.Struct):
     mark: str
     size: int
     since: float
+    read_since: float
 
 
 class Watch:
-    """The leases of a group but for the observer's own. For one thread."""
+    """The leases of a group but for the observer's own. For one thread. `between` is called after each read; False ends the look."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class Watch:
         clock: Clock,
         lease_s: float,
         trouble: Callable[[int, StoreError | None], None],
+        between: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store = store
         self._group = group
@@ -65,6 +68,7 @@ class Watch:
         self._clock = clock
         self._lease_s = lease_s
         self._trouble = trouble
+        self._between = between
         self._seen: dict[int, Seen] = {}
         self._expired: set[int] = set()
         self._unknown: set[int] = set()
@@ -88,6 +92,8 @@ class Watch:
             # One that could not be read is read again: its mark is noted as seen, but what it says is not.
             elif self._is_read(partition, listed.get(partition), asked_at, told_at) or partition in unknown:
                 self._read(partition)
+                if not self._between():
+                    break
         # The mark is another, and the last write of our own is not.
         marks = {p: (token, listed[p].mark if p in listed else "") for p, token in own.items()}
         before = self._own
@@ -114,6 +120,14 @@ class Watch:
         for partition, seen in sorted(self._seen.items()):
             if seen.lease.owner == owner and seen.read != seen.mark:
                 self._read(partition)
+                if not self._between():
+                    return
+
+    def has(self, owner: str, partition: int) -> bool:
+        """Read it now; whether it is `owner`'s still."""
+        self._read(partition)
+        seen = self._seen.get(partition)
+        return self.known(partition) and seen is not None and seen.lease.owner == owner
 
     def expires_in(self) -> float:
         """Seconds until the next of these leases expires, if nobody writes it; infinite if there is none."""
@@ -159,7 +173,8 @@ class Watch:
         told_at = self._clock.monotonic()
         seen = self._seen.get(partition)
         since = seen.since if seen is not None and seen.mark == blob.mark else told_at
-        self._seen[partition] = Seen(lease, blob.etag, blob.mark, blob.mark, len(blob.body), since)
-        if asked_at - since >= self._lease_s:
+        read_since = seen.read_since if seen is not None and seen.etag == blob.etag else told_at
+        self._seen[partition] = Seen(lease, blob.etag, blob.mark, blob.mark, len(blob.body), since, read_since)
+        if asked_at - min(since, read_since) >= self._lease_s:
             self._expired.add(partition)
         self._trouble(partition, None)

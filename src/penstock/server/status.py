@@ -15,7 +15,7 @@ from penstock.errors import HubError, StoreError
 from penstock.events import Bounds
 from penstock.hub import Hub, WholeHub
 from penstock.hub.embedded import FULL_AT
-from penstock.hub.groups import Reader
+from penstock.hub.groups import Progress, Reader
 from penstock.processor.lease import Lease, read_leases
 from penstock.server.parts import PartState, Retention, Run, read_runs
 
@@ -131,8 +131,12 @@ def build_status(hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock:
     leases = _leases(hub, store, problems)
     runs = read_runs(run_folder)
     retention = _in_force(runs)
+    readers = hub.groups.all()
+    # An archiver that reads over HTTP may have its leases in a store that is not ours.
+    remote = {reader.partition: reader.progress for reader in readers if reader.group == ARCHIVE_GROUP}
     partitions = [
-        _partition(hub, partition, lease, retention, clock, problems) for partition, lease in enumerate(leases)
+        _partition(hub, partition, lease, remote.get(partition), retention, clock, problems)
+        for partition, lease in enumerate(leases)
     ]
     usage = hub.usage()
     if usage.full:
@@ -152,8 +156,8 @@ def build_status(hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock:
         counters=hub.counters(),
         parts=[part for run in runs for part in run.parts],
         partitions=partitions,
-        retention=_retention(hub, usage, partitions, retention, clock),
-        groups=[_group(reader, partitions[reader.partition], clock) for reader in hub.groups.all()],
+        retention=_retention(hub, usage, partitions, readers, retention, clock),
+        groups=[_group(reader, partitions[reader.partition], clock) for reader in readers],
     )
 
 
@@ -174,12 +178,13 @@ def _partition(
     hub: Hub,
     partition: int,
     lease: Lease | None,
+    remote: Progress | None,
     retention: Retention | None,
     clock: Clock,
     problems: list[str],
 ) -> PartitionStatus:
     bounds = hub.bounds(partition)
-    checkpoint = lease.sequence_number if lease else None
+    checkpoint = lease.sequence_number if lease else remote.checkpoint if remote else None
     if checkpoint is not None and checkpoint > bounds.next:
         problems.append(f"The checkpoint of partition {partition} lies beyond the end of the log.")
     lag = max(0, bounds.next - max(checkpoint or 0, bounds.first))
@@ -191,7 +196,7 @@ def _partition(
         bytes=bounds.bytes,
         enqueued_at=timestamp(bounds.enqueued_last_ms),
         owner=lease.owner if lease else None,
-        epoch=lease.epoch if lease else None,
+        epoch=lease.epoch if lease else remote.epoch if remote else None,
         offset=lease.offset if lease else None,
         checkpoint=checkpoint,
         lag_events=lag,
@@ -240,17 +245,24 @@ def _retention(
     hub: Hub,
     usage: HubUsage,
     partitions: Sequence[PartitionStatus],
+    readers: Sequence[Reader],
     retention: Retention | None,
     clock: Clock,
 ) -> RetentionStatus:
     if retention is None:
         return RetentionStatus(None, "kept", None, None)
     left = min((one.retention_left_s for one in partitions if one.retention_left_s is not None), default=None)
-    kept = retention.waits or all(one.owner for one in partitions)
+    remote = {reader.partition for reader in readers if reader.group == ARCHIVE_GROUP}
+    kept = retention.waits or all(one.owner or one.partition in remote for one in partitions)
     room, bytes_s = max(0.0, FULL_AT * usage.limit - usage.used), _bytes_s(hub, clock)
     full_in_s = room / bytes_s if bytes_s else None
     # Until then what is in the hub now is deleted, if it is archived in time: new events alone do not fill it.
-    makes_room = not kept or left is None or left > 0
+    others_wait = any(
+        reader.progress.checkpoint < partitions[reader.partition].next
+        for reader in readers
+        if reader.group != ARCHIVE_GROUP
+    )
+    makes_room = not others_wait and (not kept or left is None or left > 0)
     if full_in_s is not None and full_in_s >= retention.after_s and makes_room:
         full_in_s = None
     return RetentionStatus(retention.after_s, "kept" if kept else "deleted", left, full_in_s)
