@@ -78,6 +78,7 @@ def test_a_store_that_does_not_know_conditions_is_refused(make_system: Make, mot
     assert done.returncode == 2, done
     assert f"The store {url} let 8 of 8 conditional creates of one blob win".encode() in done.stderr
     assert b"it ignores If-None-Match" in done.stderr
+    assert not (system.data / "hub" / "data.mdb").exists(), "nothing of the installation was written"
 
 
 def test_a_store_that_does_not_answer_is_said_at_once(make_system: Make, azurite: Emulator) -> None:

@@ -35,8 +35,11 @@ def probe(store: BlobStore, *, name: str) -> None:
         blob = f"_probe/{secrets.token_hex(8)}.json"
         try:
             etag = _race(store, blob, name)
-        finally:
-            store.delete(blob)
+        except BaseException:
+            with contextlib.suppress(StoreUnavailable):  # what went wrong first says more
+                store.delete(blob)
+            raise
+        store.delete(blob)
     _replace_nothing(store, blob, etag, name)
 
 

@@ -126,11 +126,11 @@ def _prepare(where: Layout, values: Values) -> None:
     if not is_field(values.text("device-field")):
         raise SettingsError(f"--device-field {values.text('device-field')!r} cannot name a field.")
     store = open_store(where)
-    probe(store, name=where.store_name)
     if not (where.hub / "data.mdb").exists() and owner(store) is not None:
         raise SettingsError(
             f"The store {where.store_name} belongs to another hub than the one to be made in {where.data}."
         )
+    probe(store, name=where.store_name)
     embedded.create(
         where.hub,
         partitions=values.count("partitions"),
