@@ -114,7 +114,7 @@ def test_hosts_are_killed_frozen_and_cut_off(
         return fault
 
     proxy.plan = plan
-    for number in range(ROUNDS or 20):
+    for number in range(ROUNDS or 60):
         rate = chosen.choice((0.0, 0.1, 0.3))
         fleet.act()
         # Every fourth round is as long as a lease and a look: what was frozen meanwhile has lost its leases.
@@ -129,13 +129,13 @@ def test_hosts_are_killed_frozen_and_cut_off(
     wait_for("the three that live share all leases", lambda: _owned(azurite, url, fleet), 60)
     system.settle()
     assert problems(azurite.download(url, tmp_path / "copy"), PARTITIONS, load.batches) == []
-    if ROUNDS >= 60:
+    if not ROUNDS:
         assert (set(fleet.done), set(met)) == ({"kill", "freeze", "stop", "same name"}, set(Fault))
     for host in fleet.hosts:
         assert host.stop() == 0, host.text()
     leases = json.loads(system.check("leases", "--json").stdout)
     assert {lease["owner"] for lease in leases} == {""}, "given back"
-    assert min(lease["epoch"] for lease in leases) > 1, "each partition went through several hands"
+    assert ROUNDS or min(lease["epoch"] for lease in leases) > 2, "each partition went through several hands"
 
 
 def _owned(azurite: Emulator, url: str, fleet: Fleet) -> bool:
