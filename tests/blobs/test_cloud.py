@@ -285,6 +285,21 @@ def test_34_a_read_that_is_cut_short_is_no_blob(line: Line, fault: Fault) -> Non
     assert b"".join(line.client.stream("0/a")) == content
 
 
+def test_34_half_a_record_is_no_record(line: Line) -> None:
+    """Also where the answer says that it is whole: an archiver that takes it for what was stored stops its partition for ever."""
+    for content in (b'{"id": "0"}', b"x" * 105, bytes(300_000)):
+        line.direct.put("0/a", io.BytesIO(content))
+        line.proxy.plan = each(Fault.SHORT, "GET")
+        assert outcome(lambda: line.client.get("0/a")) is StoreUnavailable
+        line.proxy.plan = each(Fault.NONE, "GET")
+        assert line.client.get("0/a").body == content
+
+
+def test_an_empty_blob_is_read_as_what_it_is(line: Line) -> None:
+    line.direct.put("0/a", io.BytesIO(b""))
+    assert line.client.get("0/a").body == b""
+
+
 def test_34_a_part_of_the_wrong_length_is_no_file(line: Line) -> None:
     line.direct.put("0/a", io.BytesIO(bytes(1000)))
     line.proxy.plan = each(Fault.SHORT, "GET")
@@ -319,6 +334,7 @@ def test_control_without_looking_a_file_is_short_or_a_mixture(line: Line) -> Non
     assert set(begin + b"".join(parts)) == set(b"12")
     line.proxy.plan = each(Fault.SHORT, "GET")
     assert len(b"".join(client.stream("0/a"))) == (PART_BYTES + 10) // 2
+    assert len(client.get("0/a").body) == (PART_BYTES + 10) // 2
 
 
 def test_35_a_listing_that_fails_is_no_empty_one(line: Line) -> None:

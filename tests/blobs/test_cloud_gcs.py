@@ -45,7 +45,11 @@ class Request(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with self.server.lock:
             generation, body = self.server.blobs.get(self.path, (0, b""))
-        self._answer(200 if generation else 404, generation, body)
+        if not generation or "Range" not in self.headers:
+            return self._answer(200 if generation else 404, generation, body)
+        # `bytes=0-N`, which is all that is asked here.
+        part = body[: int(self.headers["Range"].rpartition("-")[2]) + 1]
+        return self._answer(206 if body else 416, generation, part, f"bytes 0-{len(part) - 1}/{len(body)}")
 
     def do_DELETE(self) -> None:
         with self.server.lock:
@@ -55,8 +59,10 @@ class Request(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def _answer(self, status: int, generation: int = 0, body: bytes = b"") -> None:
+    def _answer(self, status: int, generation: int = 0, body: bytes = b"", part: str = "") -> None:
         self.send_response(status)
+        if part:
+            self.send_header("Content-Range", part)
         self.send_header("ETag", '"same"')
         self.send_header("Last-Modified", "Mon, 23 Nov 2026 18:00:00 GMT")
         self.send_header("x-goog-generation", str(generation))
