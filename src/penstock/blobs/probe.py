@@ -33,13 +33,13 @@ def probe(store: BlobStore, *, name: str) -> None:
     for _ in range(ROUNDS):
         # Another name each time: a request of this race that lands late must not meet the next one.
         blob = f"_probe/{secrets.token_hex(8)}.json"
+        etag = ""
         try:
             etag = _race(store, blob, name)
-        except BaseException:
-            with contextlib.suppress(StoreUnavailable):  # what went wrong first says more
+        finally:
+            # What went wrong first says more than that the blob cannot be deleted either.
+            with contextlib.suppress(*(() if etag else (StoreUnavailable,))):
                 store.delete(blob)
-            raise
-        store.delete(blob)
     _replace_nothing(store, blob, etag, name)
 
 

@@ -7,6 +7,7 @@ the log itself says (OffsetTrimmed, OffsetBeyondEnd, FrameDamaged, ReaderFenced)
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import threading
 from collections.abc import Callable, Mapping
@@ -93,11 +94,10 @@ class RemoteHub:
         self._lock = threading.Lock()
         self._group: tuple[str, Position] | None = None
         self._id = ""
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
             about = self._get("/v1/partitions", JSON, {}, lambda a: msgspec.json.decode(a.body, type=_Partitions))
-        except BaseException:
-            self.close()
-            raise
+            failed.pop_all()
         self._id, self._period_s, self._count = about.hub, about.period_s, len(about.partitions)
 
     def __enter__(self) -> Self:
@@ -217,7 +217,8 @@ class RemoteHub:
 
     def _ask(self, connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str]) -> _Answer:
         until = self._clock.monotonic() + WHOLE_S
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(connection.close)
             connection.request("GET", path, headers=dict(headers))
             with connection.getresponse() as response:
                 fields = {name.lower(): value for name, value in response.getheaders()}
@@ -231,9 +232,7 @@ class RemoteHub:
                         raise TimeoutError(f"the answer was not whole within {WHOLE_S:.0f} s")
                 if response.length:
                     raise http.client.HTTPException("the answer is cut short")
-        except BaseException:
-            connection.close()
-            raise
+            failed.pop_all()
         with self._lock:
             if self._closed.is_set():
                 connection.close()
