@@ -18,7 +18,7 @@ from typing import Any
 from penstock.cli.main import main
 from penstock.files import Files
 
-ACTS = ("_mkdir", "_open_new", "_write", "_fsync", "_link", "_rename", "_unlink", "_flock")
+ACTS = ("_mkdir", "_open_new", "_write", "_fsync", "_link", "_link_open", "_rename", "_unlink", "_flock")
 ARCHIVE = re.compile(r"/store/(_ledger|\d)")
 
 

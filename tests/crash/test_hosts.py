@@ -10,6 +10,7 @@ import json
 import random
 import signal
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.emulators import Emulator
 Make = Callable[..., System]
 PARTITIONS = 6
 LEASE_S = 2.0
+CARELESS_HOST = Path(__file__).with_name("careless_host.py")
 # A request that hangs costs its client the whole timeout, so that is rare.
 FAULTS = [*[fault for fault in Fault if fault not in (Fault.NONE, Fault.HANG)] * 4, Fault.HANG]
 
@@ -34,7 +36,16 @@ FAULTS = [*[fault for fault in Fault if fault not in (Fault.NONE, Fault.HANG)] *
 class Fleet:
     """Three hosts, each in the place of one that was before, on `url` through a proxy."""
 
-    def __init__(self, system: System, azurite: Emulator, url: str, proxy: StoreProxy, chosen: random.Random) -> None:
+    def __init__(
+        self,
+        system: System,
+        azurite: Emulator,
+        url: str,
+        proxy: StoreProxy,
+        chosen: random.Random,
+        program: tuple[str, ...] = ("-m", "penstock"),
+    ) -> None:
+        self._program = program
         here, there = f"127.0.0.1:{proxy.port}/", f"127.0.0.1:{azurite.port}/"
         self._environment = {name: value.replace(there, here) for name, value in azurite.environment.items()}
         self._system = system
@@ -50,7 +61,12 @@ class Fleet:
         arguments = ("--data", str(self._system.data), "--store", self._url, "--lease", f"{LEASE_S:g}s")
         name = name or f"host-{self._count}"
         return self._system.process(
-            "host", *arguments, "--name", name, log=f"{name}.log", environment=self._environment
+            "host",
+            *arguments,
+            *("--name", name),
+            program=self._program,
+            log=f"{name}.log",
+            environment=self._environment,
         )
 
     def act(self) -> None:
@@ -136,6 +152,34 @@ def test_hosts_are_killed_frozen_and_cut_off(
     leases = json.loads(system.check("leases", "--json").stdout)
     assert {lease["owner"] for lease in leases} == {""}, "given back"
     assert ROUNDS or min(lease["epoch"] for lease in leases) > 2, "each partition went through several hands"
+
+
+def test_control_hosts_that_trust_an_unknown_result_are_noticed(
+    make_system: Make, azurite: Emulator, proxy: StoreProxy
+) -> None:
+    url = azurite.fresh_url()
+    system = make_system(
+        period="2s",
+        partitions=PARTITIONS,
+        workers=1,
+        options=("--archive", "none"),
+        environment={**azurite.environment, "PENSTOCK_STORE": url},
+    ).start()
+    load = Load(lambda: system.url, lanes=3, seed=SEED).start()
+    Fleet(system, azurite, url, proxy, random.Random(SEED), program=(str(CARELESS_HOST),))
+
+    def plan(method: str, path: str) -> Fault:
+        """One record of four is never written: honest hosts would wait for it."""
+        refused = method == "PUT" and "/_ledger/" in path and zlib.crc32(path.encode()) % 4 == 0
+        return Fault.BUSY if refused else Fault.NONE
+
+    proxy.plan = plan
+
+    def noticed() -> bool:
+        return system.run("verify", "--data", str(system.data)).returncode == 1
+
+    wait_for("verify finds it", noticed, 60)
+    load.stop()
 
 
 def _owned(azurite: Emulator, url: str, fleet: Fleet) -> bool:

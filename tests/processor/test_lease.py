@@ -155,6 +155,28 @@ def test_control_a_fresh_etag_lets_the_zombie_write() -> None:
     assert stored(store).epoch == 1
 
 
+@pytest.mark.parametrize("write", ["claim", "take over", "renew"])
+def test_a_lease_is_as_old_as_the_beginning_of_its_last_write(write: str) -> None:
+    """Others may have seen it land at once, and count from there."""
+    clock = FakeClock()
+
+    def slow(_operation: str, _name: str) -> None:
+        clock.advance(7)
+
+    store = MemoryBlobs()
+    held = claimed(FaultyBlobs(store, slow if write == "claim" else lambda *_: None), clock)
+    if write == "take over":
+        blob = store.get(NAME)
+        slowly = FaultyBlobs(store, slow)
+        held = take_over(slowly, clock, "g", decode_lease(blob.body, 3), blob.etag, Writer("b", "j"))
+    if write == "renew":
+        clock.advance(5)
+        held._store = FaultyBlobs(store, slow)
+        held.renew()
+    assert held.age_s() == 7
+    assert held.in_doubt(8)
+
+
 def test_a_deleted_lease_is_lost_and_not_made_again() -> None:
     store, clock = MemoryBlobs(), FakeClock()
     holding = claimed(store, clock)

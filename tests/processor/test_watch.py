@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from penstock.blobs import BlobStore, Listed
+from penstock.blobs import Blob, BlobStore, Listed
 from penstock.errors import StoreError, StoreUnavailable
 from penstock.processor.lease import Holding, Start, Writer, claim, encode_lease, lease_name, take_over
-from penstock.processor.watch import LOOKS, Watch
+from penstock.processor.watch import LOOKS, Seen, Watch
 from penstock.testing import FakeClock, Fault, FaultyBlobs, MemoryBlobs
 
 LEASE_S = 30.0
@@ -220,6 +221,64 @@ def test_listings_that_have_other_marks_than_reads_do_not_keep_the_dead(world: W
         world.pass_time(LEASE_S / LOOKS, watch=watch)
         expired |= {partition for partition in range(PARTITIONS) if watch.expired(partition)}
     assert expired == set(range(PARTITIONS))
+
+
+class Slow:
+    """A store whose answers take up to one and a half lease times, before it has looked and after; the living renew meanwhile.
+
+    Listings hide some leases, which are read then.
+    """
+
+    def __init__(self, world: World, source: random.Random) -> None:
+        self._world = world
+        self._random = source
+
+    def get(self, name: str) -> Blob:
+        self._take()
+        found = self._world.store.get(name)
+        self._take()
+        return found
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        self._take()
+        found = [*self._world.store.list(prefix)]
+        self._take()
+        return iter([blob for blob in found if self._random.random() < 0.8])
+
+    def _take(self) -> None:
+        for _ in range(self._random.choice((0, 0, 0, 10, 45))):
+            self._world.clock.advance(1)
+            for holding in self._world.holdings.values():
+                if holding.age_s() >= LEASE_S / 3:
+                    holding.renew()
+
+
+def taken_for_dead(seed: int) -> int:
+    """How often a watch on a slow store calls a lease expired whose holder renews it three times in a lease time."""
+    world = World()
+    for partition in range(PARTITIONS):
+        world.give(partition, f"host-{partition % 2}")
+    watch = world.watching(Slow(world, random.Random(seed)))  # type: ignore[arg-type]
+    found = 0
+    for _ in range(LOOKS):
+        watch.look({})
+        found += sum(watch.expired(partition) for partition in range(PARTITIONS))
+        watch.confirm("host-0")
+        found += sum(watch.expired(partition) for partition in range(PARTITIONS))
+    return found
+
+
+def test_a_slow_store_never_makes_the_living_look_dead() -> None:
+    assert [taken_for_dead(seed) for seed in range(40)] == [0] * 40
+
+
+def test_control_the_time_before_the_question_is_too_early_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def early(*fields: Any) -> Seen:
+        """As if each request had been answered long before it was."""
+        return Seen(*fields[:-2], *(since - 2 * LEASE_S for since in fields[-2:]))
+
+    monkeypatch.setattr("penstock.processor.watch.Seen", early)
+    assert any(taken_for_dead(seed) for seed in range(40))
 
 
 class Stale:
