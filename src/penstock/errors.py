@@ -5,11 +5,13 @@
     ├── BatchRefused                the API does not take this batch; nothing of it was stored
     │   ├── MalformedBody · MalformedGzip · EmptyBatch · NoValidEvent · BadHeader · BodyMismatch       400
     │   ├── BadParameter            400
+    │   ├── Unauthenticated 401 · Forbidden · ForbiddenDevice 403
     │   ├── NotFound 404 · MethodNotAllowed 405 · RequestTimeout 408 · LengthRequired 411
     │   ├── ProducerFenced          409
     │   ├── BodyTooLarge · BatchTooLarge        413
     │   ├── UriTooLong 414 · UnsupportedEncoding · UnsupportedType 415 · HeaderTooLarge 431
     │   ├── NumberReused · NumberTooOld         422
+    │   ├── ThroughputExceeded      429: nothing was stored; send the same again after `retry_after_s`
     │   └── NotConfirmed            503: send the same number again
     │       └── HubBusy · StorageFull · Draining · HubUnavailable
     ├── HubError                    the log cannot give what was asked for
@@ -21,13 +23,17 @@
     │   └── SpoolFull · SpoolClosed · SpoolDamaged · FlushTimeout
     └── InternalError               500: the server failed in a way that it does not know
 
-A class carries its `code`, its HTTP `status` where it has one, whether sending the same again can help (`retryable`),
-and its data in `fields`. Those who read over HTTP get the same class again from `application/problem+json` (wire/problem.py).
+A class carries its `code` (where it says no other, its own name in snake case), its HTTP `status` where it has one, whether
+sending the same again can help (`retryable`), and its data in `fields`. Those who read over HTTP get the same class again from
+`application/problem+json` (wire/problem.py).
 """
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+_WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
 class PenstockError(Exception):
@@ -37,6 +43,10 @@ class PenstockError(Exception):
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
     title: ClassVar[str] = "Penstock error"
+
+    def __init_subclass__(cls) -> None:
+        if "code" not in vars(cls):
+            cls.code = _WORD.sub("_", cls.__name__).lower()
 
     def __init__(self, detail: str, **fields: object) -> None:
         super().__init__(detail)
@@ -62,57 +72,70 @@ class BatchRefused(PenstockError):
 class MalformedBody(BatchRefused):
     """The body is not what its Content-Type says."""
 
-    code = "malformed_body"
     title = "The body cannot be read"
 
 
 class MalformedGzip(BatchRefused):
     """The compressed body is cut short, damaged, has several members or bytes behind its end."""
 
-    code = "malformed_gzip"
     title = "The compressed body cannot be read"
 
 
 class EmptyBatch(BatchRefused):
     """The body holds no event at all."""
 
-    code = "empty_batch"
     title = "No event in the body"
 
 
 class NoValidEvent(BatchRefused):
     """Every event of the batch was rejected; `rejected` lists why."""
 
-    code = "no_valid_event"
     title = "No valid event in the body"
 
 
 class BadHeader(BatchRefused):
     """A header is malformed or contradicts another."""
 
-    code = "bad_header"
     title = "A header cannot be understood"
 
 
 class BadParameter(BatchRefused):
     """A parameter of the query, named in `parameter`, is not what it may be."""
 
-    code = "bad_parameter"
     title = "A parameter cannot be understood"
 
 
 class BodyMismatch(BatchRefused):
     """The sha256 of the body that arrived is not the one that the client announced."""
 
-    code = "body_mismatch"
     retryable = True
     title = "The body is not the one that was sent"
+
+
+class Unauthenticated(BatchRefused):
+    """No key, or none that is valid here. Which of the two, and why, is not told."""
+
+    status = 401
+    title = "No valid key"
+
+
+class Forbidden(BatchRefused):
+    """The key is valid, and lacks the right that this path needs, named in `right`."""
+
+    status = 403
+    title = "The key lacks the right"
+
+
+class ForbiddenDevice(BatchRefused):
+    """The key is valid, and not for this device."""
+
+    status = 403
+    title = "The key is for other devices"
 
 
 class NotFound(BatchRefused):
     """No such path, partition or producer."""
 
-    code = "not_found"
     status = 404
     title = "Not found"
 
@@ -120,7 +143,6 @@ class NotFound(BatchRefused):
 class MethodNotAllowed(BatchRefused):
     """The path exists and does not take this method."""
 
-    code = "method_not_allowed"
     status = 405
     title = "Method not allowed"
 
@@ -128,7 +150,6 @@ class MethodNotAllowed(BatchRefused):
 class RequestTimeout(BatchRefused):
     """The request did not arrive whole within its deadline."""
 
-    code = "request_timeout"
     status = 408
     retryable = True
     title = "The request took too long to arrive"
@@ -137,7 +158,6 @@ class RequestTimeout(BatchRefused):
 class LengthRequired(BatchRefused):
     """A POST with neither Content-Length nor chunked body."""
 
-    code = "length_required"
     status = 411
     title = "Length required"
 
@@ -145,7 +165,6 @@ class LengthRequired(BatchRefused):
 class ProducerFenced(BatchRefused):
     """A newer epoch of this producer has been seen."""
 
-    code = "producer_fenced"
     status = 409
     title = "An older epoch of this producer"
 
@@ -153,7 +172,6 @@ class ProducerFenced(BatchRefused):
 class BodyTooLarge(BatchRefused):
     """The body as sent is larger than `limit_bytes`."""
 
-    code = "body_too_large"
     status = 413
     title = "The body is too large"
 
@@ -161,7 +179,6 @@ class BodyTooLarge(BatchRefused):
 class BatchTooLarge(BatchRefused):
     """The unzipped body is larger than `limit_bytes`, or holds more than `limit_events`."""
 
-    code = "batch_too_large"
     status = 413
     title = "The batch is too large"
 
@@ -169,7 +186,6 @@ class BatchTooLarge(BatchRefused):
 class UriTooLong(BatchRefused):
     """The request target is longer than the server takes."""
 
-    code = "uri_too_long"
     status = 414
     title = "URI too long"
 
@@ -177,7 +193,6 @@ class UriTooLong(BatchRefused):
 class UnsupportedEncoding(BatchRefused):
     """The Content-Encoding is not one of `supported`."""
 
-    code = "unsupported_encoding"
     status = 415
     title = "Unsupported Content-Encoding"
 
@@ -185,7 +200,6 @@ class UnsupportedEncoding(BatchRefused):
 class UnsupportedType(BatchRefused):
     """The Content-Type is not one of `supported`."""
 
-    code = "unsupported_type"
     status = 415
     title = "Unsupported Content-Type"
 
@@ -193,7 +207,6 @@ class UnsupportedType(BatchRefused):
 class HeaderTooLarge(BatchRefused):
     """The header block is larger than `limit_bytes`."""
 
-    code = "header_too_large"
     status = 431
     title = "Request header fields too large"
 
@@ -201,7 +214,6 @@ class HeaderTooLarge(BatchRefused):
 class NumberReused(BatchRefused):
     """This producer has sent other bytes under the same number."""
 
-    code = "number_reused"
     status = 422
     title = "The number was used for other bytes"
 
@@ -209,15 +221,21 @@ class NumberReused(BatchRefused):
 class NumberTooOld(BatchRefused):
     """The number is lower than the producer's last and too old to be known."""
 
-    code = "number_too_old"
     status = 422
     title = "The number is too old to be known"
+
+
+class ThroughputExceeded(BatchRefused):
+    """More events or bytes than the throughput units, the partition, or a quota allow. Nothing was stored."""
+
+    status = 429
+    retryable = True
+    title = "Too much at once"
 
 
 class NotConfirmed(BatchRefused):
     """The batch may or may not be stored: send the same bytes with the same number after `retry_after_s`."""
 
-    code = "not_confirmed"
     status = 503
     retryable = True
     title = "Not confirmed"
@@ -226,42 +244,36 @@ class NotConfirmed(BatchRefused):
 class HubBusy(NotConfirmed):
     """More batches wait for a commit than the server holds."""
 
-    code = "hub_busy"
     title = "The hub is busy"
 
 
 class StorageFull(NotConfirmed):
     """The hub has reached its disk limit or the disk is full."""
 
-    code = "storage_full"
     title = "The hub's storage is full"
 
 
 class Draining(NotConfirmed):
     """The server is shutting down."""
 
-    code = "draining"
     title = "The server is shutting down"
 
 
 class HubUnavailable(NotConfirmed):
     """The commit failed or the hub cannot be reached."""
 
-    code = "hub_unavailable"
     title = "The hub is not available"
 
 
 class HubError(PenstockError):
     """The log cannot give what was asked for."""
 
-    code = "hub_error"
     title = "Hub error"
 
 
 class OffsetTrimmed(HubError):
     """The offset lies before the first event that is kept; `first` names that."""
 
-    code = "offset_trimmed"
     status = 410
     title = "The offset was trimmed"
 
@@ -269,7 +281,6 @@ class OffsetTrimmed(HubError):
 class OffsetBeyondEnd(HubError):
     """The offset lies beyond the end of the log."""
 
-    code = "offset_beyond_end"
     status = 400
     title = "The offset lies beyond the end"
 
@@ -277,14 +288,12 @@ class OffsetBeyondEnd(HubError):
 class FrameDamaged(HubError):
     """A frame's checksum or shape is wrong. Its partition cannot be read past it."""
 
-    code = "frame_damaged"
     title = "A frame is damaged"
 
 
 class ReaderFenced(HubError):
     """A newer epoch of this group reads the partition, `last_epoch`: the lease that the request was made under is lost."""
 
-    code = "reader_fenced"
     status = 409
     title = "An older epoch of this group"
 
@@ -292,35 +301,30 @@ class ReaderFenced(HubError):
 class HubBroken(HubError):
     """A write or sync failed, or the hub grew beyond what this process knows: its processes must be started again."""
 
-    code = "hub_broken"
     title = "The hub's storage failed"
 
 
 class StoreError(PenstockError):
     """The blob store did not do what was asked."""
 
-    code = "store_error"
     title = "Blob store error"
 
 
 class BlobNotFound(StoreError):
     """There is no blob of this name."""
 
-    code = "blob_not_found"
     title = "Blob not found"
 
 
 class LostRace(StoreError):
     """The blob was changed by another since its etag was read."""
 
-    code = "lost_race"
     title = "Another was faster"
 
 
 class StoreUnavailable(StoreError):
     """The store did not answer, or its answer leaves the outcome unknown."""
 
-    code = "store_unavailable"
     retryable = True
     title = "The blob store is not available"
 
@@ -328,62 +332,53 @@ class StoreUnavailable(StoreError):
 class ArchiveError(PenstockError):
     """Ledger, hour files and log do not agree. The partition stops; nothing is overwritten."""
 
-    code = "archive_error"
     title = "The archive does not agree with the log"
 
 
 class SpoolError(PenstockError):
     """The client's spool did not do what was asked."""
 
-    code = "spool_error"
     title = "Spool error"
 
 
 class SpoolFull(SpoolError):
     """The spool holds as much as it may, or as its disk can. The event was not taken."""
 
-    code = "spool_full"
     title = "The spool is full"
 
 
 class SpoolClosed(SpoolError):
     """The client was closed before. The event was not taken."""
 
-    code = "spool_closed"
     title = "The client is closed"
 
 
 class SpoolDamaged(SpoolError):
     """A file of the spool is not what was written."""
 
-    code = "spool_damaged"
     title = "The spool is damaged"
 
 
 class FlushTimeout(SpoolError):
     """The hub has not answered for everything in time. Nothing is lost: the rest stays in the spool."""
 
-    code = "flush_timeout"
     title = "Not everything was answered in time"
 
 
 class GaveUp(SpoolError):
     """No batch was answered for the whole timeout. Nothing is lost: what was taken stays in the spool."""
 
-    code = "gave_up"
     title = "Gave up"
 
 
 class FileChanged(SettingsError):
     """A file that was begun is another now: which of its lines were taken cannot be said. Nothing was touched."""
 
-    code = "file_changed"
     title = "The file has changed"
 
 
 class InternalError(PenstockError):
     """The server failed in a way that it does not know. Whether anything was stored is not known either."""
 
-    code = "internal_error"
     retryable = True
     title = "The server failed"

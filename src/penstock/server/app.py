@@ -1,6 +1,6 @@
 """The API: its routes as data, and a worker process that serves them.
 
-    Route(method, path, action, where)      where: the listener for everyone, the admin listener, or both
+    Route(method, path, action, where, right)      where: the listener for everyone, the admin listener, or both
 
 A path is exact, or has `{names}` that each stand for one segment. What an action is given of those is percent-decoded and
 otherwise as it came: whether it is a device, a producer or a number is for the action to say.
@@ -27,8 +27,9 @@ import uvloop
 
 from penstock.clock import Clock
 from penstock.errors import MethodNotAllowed, NotFound, PenstockError
+from penstock.server.auth import Guard, check, no_guard
 from penstock.server.listener import Server
-from penstock.server.message import Handler, Reply, Request, Response
+from penstock.server.message import Handler, Reply, Request, Response, Right
 from penstock.server.parser import Limits
 from penstock.server.problems import problem, unexpected
 from penstock.server.read import Names, Reads, json
@@ -51,6 +52,7 @@ class Route(NamedTuple):
     path: bytes
     action: Action
     where: Where
+    right: Right = Right.NONE
 
 
 class Intake(Protocol):
@@ -69,7 +71,7 @@ class App(NamedTuple):
     close: Callable[[], None]
 
 
-def make_app(ingest: Intake, reads: Reads, *, close: Callable[[], None], log: Log) -> App:
+def make_app(ingest: Intake, reads: Reads, *, close: Callable[[], None], log: Log, guard: Guard = no_guard) -> App:
     """The API over an intake and what can be read. To be called on the event loop's thread."""
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
     every = routes(ingest, reads, functools.partial(_in_thread, readers, log))
@@ -79,8 +81,8 @@ def make_app(ingest: Intake, reads: Reads, *, close: Callable[[], None], log: Lo
         close()
 
     return App(
-        Router(route for route in every if Where.LISTEN in route.where),
-        Router(route for route in every if Where.ADMIN in route.where),
+        Router((route for route in every if Where.LISTEN in route.where), guard),
+        Router((route for route in every if Where.ADMIN in route.where), guard),
         close_all,
     )
 
@@ -88,58 +90,74 @@ def make_app(ingest: Intake, reads: Reads, *, close: Callable[[], None], log: Lo
 def routes(ingest: Intake, reads: Reads, run: Callable[[Blocking], Action]) -> tuple[Route, ...]:
     """All that the API answers. `run` makes an action of what blocks."""
     listen, admin, both = Where.LISTEN, Where.ADMIN, Where.LISTEN | Where.ADMIN
+    send, read, manage = Right.SEND, Right.LISTEN, Right.MANAGE
     return (
-        Route(b"POST", b"/v1/events", lambda request, _, reply: ingest.post(request, None, reply), listen),
-        Route(b"POST", b"/v1/devices/{device}/events", lambda r, names, reply: ingest.post(r, names[0], reply), listen),
-        Route(b"GET", b"/v1/partitions", run(reads.partitions), listen),
-        Route(b"GET", b"/v1/partitions/{n}", run(reads.partition), listen),
-        Route(b"GET", b"/v1/partitions/{n}/events", run(reads.events), listen),
-        Route(b"GET", b"/v1/partitions/{n}/offset", run(reads.offset), listen),
-        Route(b"GET", b"/v1/producers/{id}", run(reads.producer), listen),
-        Route(b"GET", b"/v1/status", run(reads.status), both),
+        Route(b"POST", b"/v1/events", lambda request, _, reply: ingest.post(request, None, reply), listen, send),
+        Route(
+            b"POST",
+            b"/v1/devices/{device}/events",
+            lambda r, names, reply: ingest.post(r, names[0], reply),
+            listen,
+            send,
+        ),
+        Route(b"GET", b"/v1/partitions", run(reads.partitions), listen, read),
+        Route(b"GET", b"/v1/partitions/{n}", run(reads.partition), listen, read),
+        Route(b"GET", b"/v1/partitions/{n}/events", run(reads.events), listen, read),
+        Route(b"GET", b"/v1/partitions/{n}/offset", run(reads.offset), listen, read),
+        Route(b"GET", b"/v1/producers/{id}", run(reads.producer), listen, send | read),
+        Route(b"GET", b"/v1/status", run(reads.status), both, read),
         Route(b"GET", b"/health/live", lambda _request, _names, reply: reply(json({"ok": True})), both),
         Route(b"GET", b"/health/ready", run(reads.ready), both),
-        Route(b"POST", b"/v1/cut", run(reads.cut), admin),
-        Route(b"DELETE", b"/v1/groups/{group}", run(reads.forget), admin),
+        Route(b"POST", b"/v1/cut", run(reads.cut), admin, manage),
+        Route(b"DELETE", b"/v1/groups/{group}", run(reads.forget), admin, manage),
     )
 
 
 class Router:
-    """A handler that finds the action of a request; 404 and 405 are its own."""
+    """A handler that finds the action of a request and asks the guard; 404, 405, 401 and 403 are its own."""
 
-    def __init__(self, served: Iterable[Route]) -> None:
-        self._exact: dict[bytes, dict[bytes, Action]] = {}
-        self._patterns: dict[tuple[bytes, ...], dict[bytes, Action]] = {}
+    def __init__(self, served: Iterable[Route], guard: Guard = no_guard) -> None:
+        self._guard = guard
+        self._exact: dict[bytes, dict[bytes, Route]] = {}
+        self._patterns: dict[tuple[bytes, ...], dict[bytes, Route]] = {}
         for route in served:
             if b"{" in route.path:
-                self._patterns.setdefault(tuple(route.path.split(b"/")), {})[route.method] = route.action
+                self._patterns.setdefault(tuple(route.path.split(b"/")), {})[route.method] = route
             else:
-                self._exact.setdefault(route.path, {})[route.method] = route.action
+                self._exact.setdefault(route.path, {})[route.method] = route
 
     def __call__(self, request: Request, reply: Reply) -> None:
-        actions = self._exact.get(request.path)
-        names: Names = ()
-        if actions is None:
-            actions, names = self._match(request.path)
-        if actions is None:
-            reply(problem(NotFound("There is nothing at this path.")))
+        try:
+            route, names = self._find(request)
+            if route.right:
+                request.grant = self._guard(request)
+                check(request.grant, route.right)
+        except PenstockError as error:
+            reply(problem(error))
             return
-        action = actions.get(b"GET" if request.method == b"HEAD" else request.method)
-        if action is None:
-            allow = [method.decode() for method in actions] + ["HEAD"] * (b"GET" in actions)
-            text = f"This path takes {', '.join(allow)}."
-            reply(problem(MethodNotAllowed(text, allow=allow)))
-            return
-        action(request, names, reply)
+        route.action(request, names, reply)
 
-    def _match(self, path: bytes) -> tuple[dict[bytes, Action] | None, Names]:
+    def _find(self, request: Request) -> tuple[Route, Names]:
+        methods = self._exact.get(request.path)
+        names: Names = ()
+        if methods is None:
+            methods, names = self._match(request.path)
+        if methods is None:
+            raise NotFound("There is nothing at this path.")
+        route = methods.get(b"GET" if request.method == b"HEAD" else request.method)
+        if route is None:
+            allow = [method.decode() for method in methods] + ["HEAD"] * (b"GET" in methods)
+            raise MethodNotAllowed(f"This path takes {', '.join(allow)}.", allow=allow)
+        return route, names
+
+    def _match(self, path: bytes) -> tuple[dict[bytes, Route] | None, Names]:
         segments = path.split(b"/")
-        for pattern, actions in self._patterns.items():
+        for pattern, methods in self._patterns.items():
             if len(pattern) == len(segments) and all(
                 want == got or want.startswith(b"{") for want, got in zip(pattern, segments, strict=True)
             ):
                 given = [got for want, got in zip(pattern, segments, strict=True) if want.startswith(b"{")]
-                return actions, tuple(unquote_to_bytes(name).decode("utf-8", "replace") for name in given)
+                return methods, tuple(unquote_to_bytes(name).decode("utf-8", "replace") for name in given)
         return None, ()
 
 

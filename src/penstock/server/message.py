@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import NamedTuple
 
 
-class Request:
-    """A request that has arrived whole. `path` and `query` are raw; header names are lower case, repeats joined by `, `."""
+class Right(enum.Flag):
+    """What a key is for."""
 
-    __slots__ = ("body", "headers", "keep_alive", "method", "path", "query")
+    NONE = 0
+    SEND = enum.auto()
+    LISTEN = enum.auto()
+    MANAGE = enum.auto()
+
+
+class Grant(NamedTuple):
+    """Who asks. `key` is the id of his key, empty without one; `allows` tells for which devices he may send, None: for all."""
+
+    rights: Right
+    key: str = ""
+    allows: Callable[[str], bool] | None = None
+
+
+NOBODY = Grant(Right.NONE)
+
+
+class Request:
+    """A request that has arrived whole. `path` and `query` are raw; header names are lower case, repeats joined by `, `.
+
+    `grant` is what its sender may, set before the action of its route is called.
+    """
+
+    __slots__ = ("body", "grant", "headers", "keep_alive", "method", "path", "query")
 
     def __init__(
         self,
@@ -26,6 +50,7 @@ class Request:
         self.headers = headers
         self.body = body
         self.keep_alive = keep_alive
+        self.grant = NOBODY
 
 
 class Response(NamedTuple):
