@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import pytest
 
-from penstock.files import PART_BYTES, Files
+from penstock.files import PART_BYTES, STEADY_BYTES, Files
 from penstock.testing import FaultyFiles
 
 
@@ -152,6 +152,24 @@ def test_what_cannot_get_the_name_is_copied(tmp_path: Path) -> None:
     found = [(tmp_path / name).read_bytes() for name in ("a", "b", "c")]
     assert found == [b"0123456789", b"456789", b""], "from where it stands"
     assert names(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_work_file_goes_to_the_disk_as_it_grows(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    part, count = bytes(range(256)) * 4096, 2 * STEADY_BYTES // (1 << 20) + 3
+    with files.work_file(tmp_path) as work:
+        for _ in range(count):
+            work.write(part)
+        assert files.calls == ["fsync", "fsync"]
+        work.seek(0)
+        files.put(tmp_path / "a", work)
+    assert (tmp_path / "a").read_bytes() == part * count
+
+
+def test_a_disk_that_fails_while_a_work_file_grows_is_heard_of(tmp_path: Path) -> None:
+    files = FaultyFiles({1: errno.EIO})
+    with pytest.raises(OSError, match="Input/output error"), files.work_file(tmp_path) as work:
+        work.write(bytes(STEADY_BYTES))
 
 
 def test_a_sweep_leaves_a_work_file_that_is_about_to_get_its_name(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ freed pages from being used again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -111,6 +112,8 @@ class EmbeddedHub:
         self._writer = Writer(self._env, folder, clock, held)
         self.groups = Groups(self._env, self._databases, self._writer, clock)
         self._resident = Resident(folder / "data.mdb", bytes_max=RESIDENT_BYTES_MAX)
+        # LMDB lets go of the interpreter at each record: threads that read at once would spend their time on passing it on.
+        self._turn = threading.Lock()
         self._expired_key = b""
 
     def __enter__(self) -> EmbeddedHub:
@@ -162,7 +165,7 @@ class EmbeddedHub:
     def read(self, partition: int, offset: str, *, bytes_max: int) -> Slice:
         start = self._number(offset)
         database = self._database(partition)
-        with reading(self._env) as txn:
+        with self._turn, reading(self._env) as txn:
             end = self._positions(txn).next(partition)
             if start > end:
                 raise OffsetBeyondEnd(
