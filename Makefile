@@ -30,8 +30,9 @@ AZURITE := $(shell sed -n 's/^AZURITE = "\(.*\)"/\1/p' tests/emulators.py)
 run: .venv/.all
 	@exec $(BIN)/penstock up
 
+# In two processes, each module in one of them: most tests wait for others, not for a processor.
 test: .venv/.dev .venv/.azurite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(or $(PROCESSES),2) --dist loadfile
 
 fmt: .venv/.dev
 	$(BIN)/ruff format
