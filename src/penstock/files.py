@@ -242,6 +242,28 @@ class Files:
             raise
         return Held(fd)
 
+    def share(self, path: Path, size: int) -> int:
+        """A descriptor of a file of at least `size` bytes, zeros where it is new, for processes to map. Its room on the disk is taken now:
+        a write to memory that the disk has no room for would end the process."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def try_lock(self, fd: int) -> bool:
+        """The lock of an open file, which a fork shares; the kernel releases it with its holder. False if another has it."""
+        try:
+            self._flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def unlock(self, fd: int) -> None:
+        self._flock(fd, fcntl.LOCK_UN)
+
     def free_bytes(self, folder: Path) -> int:
         """What may still be written to the disk of a folder."""
         found = os.statvfs(folder)

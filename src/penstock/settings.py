@@ -83,10 +83,10 @@ _K = Kind
 
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
-    Setting("data", _K.PATH, "./data", "The folder of this installation.", (*_SERVE, *_LOOK, "send", "simulate", "dead-replay")),
+    Setting("data", _K.PATH, "./data", "The folder of this installation.", (*_SERVE, *_LOOK, "send", "simulate", "units", "dead-replay")),
     Setting("url", _K.TEXT, "http://127.0.0.1:8480",
-            "Address of the API; for `flush` of the admin port. Default: what `up` wrote down in the data folder.",
-            ("send", "simulate", "status", "leases", "flush", "dead-replay")),
+            "Address of the API; for `flush` and `units` of the admin port. Default: what `up` wrote down in the data folder.",
+            ("send", "simulate", "status", "leases", "flush", "units", "dead-replay")),
     Setting("hub", _K.TEXT, "", "Address of the API whose hub is archived, `http://HOST:PORT`. Default: the hub in the data folder.",
             ("host",)),
     Setting("listen", _K.ADDRESS, "127.0.0.1:8480", "Where the API listens; loopback only, port 0 is any free one.", _API),
@@ -124,6 +124,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("idle-timeout", _K.DURATION, "30s", "A connection without a request is closed.", _API, "", "10ms", "1h"),
     Setting("body-timeout", _K.DURATION, "30s", "From the end of the headers to the end of the body.",
             _API, "", "10ms", "1h"),
+    Setting("throughput-units", _K.COUNT, "none",
+            "What may come in: 1,000 events or 1 MB a second for each; `none`: unlimited. Kept, and changed at run time "
+            "by `penstock units`; given at a start, it wins over what was kept.",
+            _API, "units", "0", "1000000"),
+    Setting("device-events-per-s", _K.COUNT, "none", "What one device may send; `none`: unlimited.", _API, "events", "0", "1000000"),
     Setting("queue-batches-max", _K.COUNT, "4096",
             "Batches of one worker that wait for a commit; more are answered `hub_busy`.",
             _API, "batches", "1", "1000000"),
@@ -274,6 +279,8 @@ def parse(kind: Kind, text: str) -> Value:
         case Kind.COUNT:
             if text == "cores":
                 return os.cpu_count() or 1
+            if text == "none":
+                return 0
             if not re.fullmatch(r"[0-9]{1,18}", text):
                 raise SettingsError("it must be a whole number")
             return int(text)

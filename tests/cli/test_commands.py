@@ -24,7 +24,7 @@ def test_help(name: str | None) -> None:
     assert (done.exit_code, done.output.startswith("Usage: ")) == (0, True)
 
 
-@pytest.mark.parametrize("name", ["simulate", "status", "leases", "why", "audit", "verify", "flush"])
+@pytest.mark.parametrize("name", ["simulate", "status", "leases", "why", "units", "audit", "verify", "flush"])
 def test_reports_take_json(name: str) -> None:
     assert any("--json" in option.opts for option in penstock.commands[name].params if isinstance(option, click.Option))
 
@@ -46,6 +46,9 @@ def test_wrong_use_is_exit_2_and_touches_nothing(shell: Any) -> None:
         (("why", "0", "2026-11-22T25"), "neither the name of an hour"),
         (("why", "0", "9999-12-31T23"), "no hub has events of that time"),
         (("flush",), "Nothing runs"),
+        (("units",), "Nothing runs"),
+        (("units", "many"), "not a number of throughput units"),
+        (("up", "--throughput-units", "1.5"), "whole number"),
         (("send", "nope.ndjson"), "There is no file"),
         (("send", "--device-field", "a b", "nope.ndjson"), "cannot name a field"),
         (("simulate", "--rate", "0"), "between 1 and"),

@@ -15,6 +15,7 @@ from penstock.hub.groups import Progress, Reader
 from penstock.processor.lease import Lease, encode_lease, lease_name
 from penstock.server.parts import PartState, Retention, Run, read_runs, remove_dead, remove_run, write_run
 from penstock.server.status import RetentionStatus, build_status
+from penstock.server.units import Throughput
 from penstock.testing import FakeClock, MemoryBlobs, MemoryHub
 
 DEAD_PID = 2**22 + 1
@@ -191,6 +192,20 @@ def test_problems_are_named() -> None:
         "The checkpoint of partition 1 lies beyond the end of the log.",
         "The hub's storage is full",
     ]
+
+
+@pytest.mark.parametrize(
+    ("units", "used", "warned"), [(None, 10**13, False), (2, 168 * 10**9, False), (2, 168 * 10**9 + 1, True)]
+)
+def test_more_stored_than_the_units_are_for_is_a_warning_and_no_problem(
+    tmp_path: Path, units: int | None, used: int, warned: bool
+) -> None:
+    hub = Hub(1, clock=FakeClock())
+    hub.used, hub.limit = used, 10**14
+    throughput = Throughput(units, None, None, 0.0, 0.0, {}, 0)
+    report = build_status(hub, MemoryBlobs(), run_folder=tmp_path, clock=FakeClock(), throughput=throughput)
+    assert (report.ok, report.throughput) == (True, throughput)
+    assert [one.code for one in report.warnings] == ["storage_full"] * warned
 
 
 def test_a_store_that_does_not_answer_is_a_problem_and_no_error(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from penstock.cli.leases import leases
 from penstock.cli.send import send
 from penstock.cli.show import status
 from penstock.cli.simulate import simulate
+from penstock.cli.units import units
 from penstock.cli.up import api, host, up
 from penstock.cli.why import why
 from penstock.errors import PenstockError, SettingsError
@@ -30,7 +31,7 @@ def penstock() -> None:
     """Takes in the events of very many devices and leaves them as a few large files that are easy to query."""
 
 
-for command in (up, api, host, send, simulate, status, leases, why, audit, verify, flush, dump, dead):
+for command in (up, api, host, send, simulate, status, leases, why, units, audit, verify, flush, dump, dead):
     penstock.add_command(command)
 
 

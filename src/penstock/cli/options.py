@@ -96,12 +96,12 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 400)
 
 
-def fetch(url: str, *, method: str = "GET") -> bytes:
+def fetch(url: str, *, method: str = "GET", body: bytes = b"") -> bytes:
     """The body of a 200. Raises PenstockError with a sentence for anything else."""
-    return fetch_all(url, method=method)[0]
+    return fetch_all(url, method=method, body=body)[0]
 
 
-def fetch_all(url: str, *, method: str = "GET") -> tuple[bytes, Mapping[str, str]]:
+def fetch_all(url: str, *, method: str = "GET", body: bytes = b"") -> tuple[bytes, Mapping[str, str]]:
     """The same with the headers of the answer."""
     import http.client
     import urllib.error
@@ -110,7 +110,7 @@ def fetch_all(url: str, *, method: str = "GET") -> tuple[bytes, Mapping[str, str
     if not url.startswith(("http://", "https://")):
         raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
     try:
-        request = urllib.request.Request(url, method=method, data=b"" if method == "POST" else None)
+        request = urllib.request.Request(url, method=method, data=body if method in ("POST", "PUT") else None)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read(), answer.headers
     except urllib.error.HTTPError as error:

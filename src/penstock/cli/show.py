@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from penstock.cli.options import api_url, as_json, console, fetch, settings, url_beats_data
+from penstock.cli.units import in_force
 
 if TYPE_CHECKING:
     from penstock.server.status import RetentionStatus, Status
@@ -36,10 +38,13 @@ def read_status(values: Values) -> Status:
         return msgspec.json.decode(fetch(f"{api_url(values)}/v1/status"), type=Status)
     from penstock.cli import wiring
     from penstock.clock import SystemClock
+    from penstock.server.units import observe
 
     where = wiring.layout(values)
     with wiring.reading_hub(where, values) as hub:
-        return build_status(hub, wiring.open_store(where), run_folder=where.run, clock=SystemClock())
+        clock = SystemClock()
+        throughput = observe(where.data, where.run, hub.partitions(), clock)
+        return build_status(hub, wiring.open_store(where), run_folder=where.run, clock=clock, throughput=throughput)
 
 
 def _print_status(report: Status) -> None:
@@ -48,16 +53,16 @@ def _print_status(report: Status) -> None:
     out = console()
     for problem in report.problems:
         out.print(f"PROBLEM: {problem}", style="bold red", markup=False)
+    for warning in report.warnings:
+        out.print(f"WARNING: {warning.code}: {warning.detail}", style="bold yellow", markup=False)
     out.print(
         f"hub {report.hub}: {report.totals.accepted:,} events accepted, {report.totals.archived:,} archived, "
         f"{report.totals.lag_events:,} to go; storage {report.storage.state}, "
         f"{report.storage.bytes_used / 2**20:,.1f} MiB of {report.storage.bytes_max / 2**30:,.1f} GiB",
         highlight=False,
     )
-    if report.retention:
-        out.print(_time_left(report.retention), highlight=False)
-    counters = ", ".join(f"{name} {count:,}" for name, count in report.counters.items())
-    out.print(f"counters: {counters}", highlight=False)
+    for line in _sentences(report):
+        out.print(line, highlight=False)
     parts = Table("part", "pid", "since", "restarts", title="parts" if report.parts else "no part runs")
     for part in report.parts:
         parts.add_row(part.name, str(part.pid), part.since, str(part.restarts))
@@ -99,6 +104,14 @@ def _print_status(report: Status) -> None:
             ]
             groups.add_row(*row, f"{group.age_s:,.0f}")
         out.print(groups)
+
+
+def _sentences(report: Status) -> Iterator[str]:
+    if report.retention:
+        yield _time_left(report.retention)
+    if report.throughput:
+        yield f"throughput units: {in_force(report.throughput)}"
+    yield "counters: " + ", ".join(f"{name} {count:,}" for name, count in report.counters.items())
 
 
 def _time_left(now: RetentionStatus) -> str:

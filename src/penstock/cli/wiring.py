@@ -26,10 +26,12 @@ from penstock.errors import NotFound, SettingsError, StorageFull
 from penstock.files import Files
 from penstock.hub import embedded
 from penstock.hub.embedded import EmbeddedHub
+from penstock.server import units
 from penstock.server.app import App, Service, make_app, run_worker
 from penstock.server.housekeeping import Housekeeping
 from penstock.server.ingest import Ingest
 from penstock.server.parser import Limits
+from penstock.server.quota import Quota
 from penstock.server.read import Reads
 from penstock.server.status import build_status
 from penstock.settings import Address, Values
@@ -142,6 +144,8 @@ def _prepare(where: Layout, values: Values) -> None:
     with reading_hub(where, values) as hub:
         claim(store, hub, SystemClock())
         refuse_older(store, hub)
+        given = values.count("throughput-units") if values.source("throughput-units") != "default" else None
+        units.prepare(where.data, where.run, hub.partitions(), given)
 
 
 def make_folders(where: Layout) -> None:
@@ -263,6 +267,7 @@ def _app(
         event_bytes_max=values.count("event-bytes-max"),
         frame_bytes_max=values.count("frame-bytes-max"),
     )
+    shared, buckets = units.open_buckets(where.data, where.run, Files(), hub.partitions())
     ingest = Ingest(
         hub,
         router,
@@ -272,11 +277,13 @@ def _app(
         unzipped_bytes_max=values.count("batch-bytes-max"),
         waiting_max=values.count("queue-batches-max"),
         broken=broken,
+        quota=Quota(shared, buckets, clock, log, device_events_per_s=values.count("device-events-per-s")),
     )
     ingest.start(asyncio.get_running_loop())
 
     def status() -> Mapping[str, object]:
-        report = msgspec.to_builtins(build_status(hub, store, run_folder=where.run, clock=clock))
+        throughput = units.report(buckets, clock)
+        report = msgspec.to_builtins(build_status(hub, store, run_folder=where.run, clock=clock, throughput=throughput))
         assert isinstance(report, dict)
         return report
 
@@ -295,6 +302,7 @@ def _app(
         ),
         close=ingest.close,
         log=log,
+        units=units.Units(where.data, where.run, Files(), shared, buckets, clock),
     )
 
 

@@ -63,6 +63,13 @@ class Intake(Protocol):
         ...
 
 
+class Units(Protocol):
+    """The throughput units."""
+
+    def get(self, request: Request, names: Names) -> Response: ...
+    def put(self, request: Request, names: Names) -> Response: ...
+
+
 class App(NamedTuple):
     """The handlers of both listeners, and what is to be closed, on the loop's thread, after the last answer."""
 
@@ -71,10 +78,18 @@ class App(NamedTuple):
     close: Callable[[], None]
 
 
-def make_app(ingest: Intake, reads: Reads, *, close: Callable[[], None], log: Log, guard: Guard = no_guard) -> App:
+def make_app(
+    ingest: Intake,
+    reads: Reads,
+    *,
+    close: Callable[[], None],
+    log: Log,
+    guard: Guard = no_guard,
+    units: Units | None = None,
+) -> App:
     """The API over an intake and what can be read. To be called on the event loop's thread."""
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
-    every = routes(ingest, reads, functools.partial(_in_thread, readers, log))
+    every = routes(ingest, reads, functools.partial(_in_thread, readers, log), units)
 
     def close_all() -> None:
         readers.shutdown(wait=False, cancel_futures=True)
@@ -87,7 +102,9 @@ def make_app(ingest: Intake, reads: Reads, *, close: Callable[[], None], log: Lo
     )
 
 
-def routes(ingest: Intake, reads: Reads, run: Callable[[Blocking], Action]) -> tuple[Route, ...]:
+def routes(
+    ingest: Intake, reads: Reads, run: Callable[[Blocking], Action], units: Units | None = None
+) -> tuple[Route, ...]:
     """All that the API answers. `run` makes an action of what blocks."""
     listen, admin, both = Where.LISTEN, Where.ADMIN, Where.LISTEN | Where.ADMIN
     send, read, manage = Right.SEND, Right.LISTEN, Right.MANAGE
@@ -110,7 +127,14 @@ def routes(ingest: Intake, reads: Reads, run: Callable[[Blocking], Action]) -> t
         Route(b"GET", b"/health/ready", run(reads.ready), both),
         Route(b"POST", b"/v1/cut", run(reads.cut), admin, manage),
         Route(b"DELETE", b"/v1/groups/{group}", run(reads.forget), admin, manage),
+        *(_of_units(units, run) if units is not None else ()),
     )
+
+
+def _of_units(units: Units, run: Callable[[Blocking], Action]) -> Iterable[Route]:
+    path = b"/v1/throughput-units"
+    yield Route(b"GET", path, run(units.get), Where.ADMIN, Right.LISTEN)
+    yield Route(b"PUT", path, run(units.put), Where.ADMIN, Right.MANAGE)
 
 
 class Router:

@@ -36,6 +36,7 @@ from penstock.events import Appended, Batch
 from penstock.hub import Refused, WholeHub
 from penstock.server.message import Reply, Request, Response
 from penstock.server.problems import problem
+from penstock.server.quota import Quota
 from penstock.wire.body import ndjson, unzip, unzipped_bytes
 from penstock.wire.route import Rejected, Router, Stamp, is_field
 
@@ -81,6 +82,7 @@ class Ingest:
         unzipped_bytes_max: int,
         waiting_max: int,
         broken: Callable[[], None],
+        quota: Quota | None = None,
     ) -> None:
         self._hub = hub
         self._router = router
@@ -90,6 +92,7 @@ class Ingest:
         self._unzipped_bytes_max = unzipped_bytes_max
         self._waiting_max = waiting_max
         self._broken = broken
+        self._quota = quota
         self._worker = f"w-{secrets.token_hex(8)}"
         self._numbers = itertools.count(1)  # taken by the loop's thread and the executor's: next() is atomic
         self._stamp = (-1, Stamp(""))
@@ -120,6 +123,12 @@ class Ingest:
         if self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
             reply(problem(self._busy()))
             return
+        if self._quota is not None:
+            try:
+                self._quota.check(request)
+            except PenstockError as error:
+                reply(problem(error))
+                return
         size = unzipped_bytes(request.body, bytes_max=self._unzipped_bytes_max)
         if len(request.body) > BIG_BODY_BYTES or size > BIG_BATCH_BYTES:
             # It would hold up the loop. What it will take is counted now, and counted right when it is known.
@@ -207,6 +216,8 @@ class Ingest:
             after,
         )
         size = sum([len(group.content) for group in routed.groups])
+        if self._quota is not None:
+            self._quota.charge(request, batch, size)
         return _Waiting(batch, routed.rejected, size, reply)
 
     def _field(self, given: bytes | None) -> str:

@@ -17,11 +17,16 @@ class Right(enum.Flag):
 
 
 class Grant(NamedTuple):
-    """Who asks. `key` is the id of his key, empty without one; `allows` tells for which devices he may send, None: for all."""
+    """Who asks. `key` is the id of his key, empty without one; `allows` tells for which devices he may send, None: for all.
+
+    `events_per_s` and `bytes_per_s` are the quotas of the key, above 0; None: unlimited.
+    """
 
     rights: Right
     key: str = ""
     allows: Callable[[str], bool] | None = None
+    events_per_s: float | None = None
+    bytes_per_s: float | None = None
 
 
 NOBODY = Grant(Right.NONE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
@@ -18,6 +18,7 @@ from penstock.hub.embedded import FULL_AT
 from penstock.hub.groups import Progress, Reader
 from penstock.processor.lease import Lease, read_leases
 from penstock.server.parts import PartState, Retention, Run, read_runs
+from penstock.server.units import STORED_BYTES_PER_UNIT, Throughput
 
 RATE_S: Final = 60.0
 """The present rate is that of the last minute."""
@@ -108,6 +109,13 @@ class GroupStatus(msgspec.Struct, frozen=True):
     age_s: float
 
 
+class Warned(msgspec.Struct, frozen=True):
+    """What people should know; nothing is refused because of it. `storage_full`: more is stored than the throughput units are for."""
+
+    code: Literal["storage_full"]
+    detail: str
+
+
 class Status(msgspec.Struct, frozen=True):
     """`ok` is false when `problems` names any. `groups` are those that read over HTTP."""
 
@@ -123,9 +131,13 @@ class Status(msgspec.Struct, frozen=True):
     partitions: Sequence[PartitionStatus]
     retention: RetentionStatus | None = None
     groups: Sequence[GroupStatus] = ()
+    throughput: Throughput | None = None
+    warnings: Sequence[Warned] = ()
 
 
-def build_status(hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock: Clock) -> Status:
+def build_status(
+    hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock: Clock, throughput: Throughput | None = None
+) -> Status:
     """Reads the hub, the leases and DATA/run; a store that does not answer is a problem in it, not an error."""
     problems: list[str] = []
     leases = _leases(hub, store, problems)
@@ -158,7 +170,19 @@ def build_status(hub: MeasuredHub, store: BlobStore, *, run_folder: Path, clock:
         partitions=partitions,
         retention=_retention(hub, usage, partitions, readers, retention, clock),
         groups=[_group(reader, partitions[reader.partition], clock) for reader in readers],
+        throughput=throughput,
+        warnings=list(_warnings(usage, throughput)),
     )
+
+
+def _warnings(usage: HubUsage, throughput: Throughput | None) -> Iterator[Warned]:
+    units = throughput.throughput_units if throughput else None
+    if units and usage.used > (meant := units * STORED_BYTES_PER_UNIT):
+        yield Warned(
+            "storage_full",
+            f"The hub holds {usage.used / 1e9:,.1f} GB, and {units} throughput units are meant for {meant / 1e9:,.0f} GB. Nothing is "
+            "refused because of it; set more units, or a shorter retention.",
+        )
 
 
 def _leases(hub: Hub, store: BlobStore, problems: list[str]) -> Sequence[Lease | None]:
