@@ -2,6 +2,7 @@
 
     PenstockError
     ├── SettingsError               a setting or the place it points to is wrong; nothing was touched (exit 2)
+    │   └── FileChanged
     ├── BatchRefused                the API does not take this batch; nothing of it was stored
     │   ├── MalformedBody · MalformedGzip · EmptyBatch · NoValidEvent · BadHeader · BodyMismatch       400
     │   ├── BadParameter            400
@@ -20,7 +21,7 @@
     │   └── BlobNotFound · LostRace · StoreUnavailable
     ├── ArchiveError                ledger, files and log do not agree; the partition stops
     ├── SpoolError                  the client's spool
-    │   └── SpoolFull · SpoolClosed · SpoolDamaged · FlushTimeout
+    │   └── SpoolFull · SpoolClosed · SpoolDamaged · FlushTimeout · GaveUp
     └── InternalError               500: the server failed in a way that it does not know
 
 A class carries its `code` (where it says no other, its own name in snake case), its HTTP `status` where it has one, whether
@@ -37,7 +38,10 @@ _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
 class PenstockError(Exception):
-    """The root. `str(error)` is one sentence for people; `fields` are for programs."""
+    """The root. `str(error)` is one sentence for people; `fields` are for programs.
+
+    What a class's own docstring says stands in docs/errors.md and in the API's /docs/errors: when it happens, and what to do.
+    """
 
     code: ClassVar[str] = "penstock_error"
     status: ClassVar[int] = 500
@@ -55,7 +59,7 @@ class PenstockError(Exception):
 
 
 class SettingsError(PenstockError):
-    """A setting, or the place it points to, is wrong. Nothing was touched."""
+    """A setting, or the place it points to, is wrong. Nothing was touched. Put right what the detail names."""
 
     code = "settings"
     title = "Wrong settings"
@@ -70,85 +74,85 @@ class BatchRefused(PenstockError):
 
 
 class MalformedBody(BatchRefused):
-    """The body is not what its Content-Type says."""
+    """The body is not what its Content-Type says. The same bytes are never taken: look at what made them."""
 
     title = "The body cannot be read"
 
 
 class MalformedGzip(BatchRefused):
-    """The compressed body is cut short, damaged, has several members or bytes behind its end."""
+    """The compressed body is cut short, damaged, has several members or bytes behind its end. Zip the events anew, as one member."""
 
     title = "The compressed body cannot be read"
 
 
 class EmptyBatch(BatchRefused):
-    """The body holds no event at all."""
+    """The body holds no event at all. There is nothing to send again."""
 
     title = "No event in the body"
 
 
 class NoValidEvent(BatchRefused):
-    """Every event of the batch was rejected; `rejected` lists why."""
+    """Every event of the batch was rejected; `rejected` lists why. Put them right, and send them as a new batch."""
 
     title = "No valid event in the body"
 
 
 class BadHeader(BatchRefused):
-    """A header is malformed or contradicts another."""
+    """A header is malformed or contradicts another. Put right what the detail names."""
 
     title = "A header cannot be understood"
 
 
 class BadParameter(BatchRefused):
-    """A parameter of the query, named in `parameter`, is not what it may be."""
+    """A parameter of the query, named in `parameter`, is not what it may be. Put it right as the detail says."""
 
     title = "A parameter cannot be understood"
 
 
 class BodyMismatch(BatchRefused):
-    """The sha256 of the body that arrived is not the one that the client announced."""
+    """The sha256 of the body that arrived is not the one that was announced. Send the same bytes with the same number again."""
 
     retryable = True
     title = "The body is not the one that was sent"
 
 
 class Unauthenticated(BatchRefused):
-    """No key, or none that is valid here. Which of the two, and why, is not told."""
+    """No key, or none that is valid here. Which of the two, and why, is not told. Keep the batch until there is a valid key."""
 
     status = 401
     title = "No valid key"
 
 
 class Forbidden(BatchRefused):
-    """The key is valid, and lacks the right that this path needs, named in `right`."""
+    """The key is valid, and lacks the right that this path needs, named in `right`. Keep the batch, and use a key that has it."""
 
     status = 403
     title = "The key lacks the right"
 
 
 class ForbiddenDevice(BatchRefused):
-    """The key is valid, and not for this device."""
+    """The key is valid, and not for this device. Keep the batch, and use a key that is for it."""
 
     status = 403
     title = "The key is for other devices"
 
 
 class NotFound(BatchRefused):
-    """No such path, partition or producer."""
+    """No such path, partition, producer or group. Keep the batch: the address is wrong, not what was sent."""
 
     status = 404
     title = "Not found"
 
 
 class MethodNotAllowed(BatchRefused):
-    """The path exists and does not take this method."""
+    """The path exists and does not take this method; `allow` and the header Allow name those that it takes."""
 
     status = 405
     title = "Method not allowed"
 
 
 class RequestTimeout(BatchRefused):
-    """The request did not arrive whole within its deadline."""
+    """The request did not arrive whole within its deadline. Send the same again; smaller batches arrive sooner."""
 
     status = 408
     retryable = True
@@ -156,77 +160,77 @@ class RequestTimeout(BatchRefused):
 
 
 class LengthRequired(BatchRefused):
-    """A POST with neither Content-Length nor chunked body."""
+    """A request that may have a body has neither Content-Length nor a chunked body. Send it with one of them."""
 
     status = 411
     title = "Length required"
 
 
 class ProducerFenced(BatchRefused):
-    """A newer epoch of this producer has been seen."""
+    """A newer epoch of this producer has been seen, `last_epoch`. Take a new producer id, and send the same bytes again."""
 
     status = 409
     title = "An older epoch of this producer"
 
 
 class BodyTooLarge(BatchRefused):
-    """The body as sent is larger than `limit_bytes`."""
+    """The body as sent is larger than `limit_bytes`. Split the batch and send the parts."""
 
     status = 413
     title = "The body is too large"
 
 
 class BatchTooLarge(BatchRefused):
-    """The unzipped body is larger than `limit_bytes`, or holds more than `limit_events`."""
+    """The unzipped body is larger than `limit_bytes`, or holds more than `limit_events`. Split the batch and send the parts."""
 
     status = 413
     title = "The batch is too large"
 
 
 class UriTooLong(BatchRefused):
-    """The request target is longer than the server takes."""
+    """The request target is longer than `limit_bytes`. No address of this API is."""
 
     status = 414
     title = "URI too long"
 
 
 class UnsupportedEncoding(BatchRefused):
-    """The Content-Encoding is not one of `supported`."""
+    """The Content-Encoding is not one of `supported`. Send the batch in one of these."""
 
     status = 415
     title = "Unsupported Content-Encoding"
 
 
 class UnsupportedType(BatchRefused):
-    """The Content-Type is not one of `supported`."""
+    """The Content-Type is not one of `supported`. Send the batch as one of these."""
 
     status = 415
     title = "Unsupported Content-Type"
 
 
 class HeaderTooLarge(BatchRefused):
-    """The header block is larger than `limit_bytes`."""
+    """The header block is larger than `limit_bytes`. Send fewer or shorter headers."""
 
     status = 431
     title = "Request header fields too large"
 
 
 class NumberReused(BatchRefused):
-    """This producer has sent other bytes under the same number."""
+    """This producer has sent other bytes under the same number. Take a new producer id, and send the same bytes again."""
 
     status = 422
     title = "The number was used for other bytes"
 
 
 class NumberTooOld(BatchRefused):
-    """The number is lower than the producer's last and too old to be known."""
+    """The number is lower than the producer's last and too old to be known. Take a new producer id, and send the same bytes again."""
 
     status = 422
     title = "The number is too old to be known"
 
 
 class ThroughputExceeded(BatchRefused):
-    """More events or bytes than the throughput units, the partition, or a quota allow. Nothing was stored."""
+    """More than the throughput units, the partition or a quota allow. Send the same again after `retry_after_s`, and not before."""
 
     status = 429
     retryable = True
@@ -242,25 +246,25 @@ class NotConfirmed(BatchRefused):
 
 
 class HubBusy(NotConfirmed):
-    """More batches wait for a commit than the server holds."""
+    """More batches or connections than the server holds. Send the same again after `retry_after_s`."""
 
     title = "The hub is busy"
 
 
 class StorageFull(NotConfirmed):
-    """The hub has reached its disk limit or the disk is full."""
+    """The hub has reached its disk limit or the disk is full. Keep the batch: there is room when archived events are deleted."""
 
     title = "The hub's storage is full"
 
 
 class Draining(NotConfirmed):
-    """The server is shutting down."""
+    """The server is shutting down. Send the same batch with the same number again, in a moment."""
 
     title = "The server is shutting down"
 
 
 class HubUnavailable(NotConfirmed):
-    """The commit failed or the hub cannot be reached."""
+    """The commit failed or the hub cannot be reached. Send the same batch with the same number again after `retry_after_s`."""
 
     title = "The hub is not available"
 
@@ -272,27 +276,27 @@ class HubError(PenstockError):
 
 
 class OffsetTrimmed(HubError):
-    """The offset lies before the first event that is kept; `first` names that."""
+    """The offset lies before the first event that is kept; `first` names that. What lies between is no longer in the hub: go on there."""
 
     status = 410
     title = "The offset was trimmed"
 
 
 class OffsetBeyondEnd(HubError):
-    """The offset lies beyond the end of the log."""
+    """The offset lies beyond the end of the log, `end`: it comes from another hub or another partition. Do not go on from it."""
 
     status = 400
     title = "The offset lies beyond the end"
 
 
 class FrameDamaged(HubError):
-    """A frame's checksum or shape is wrong. Its partition cannot be read past it."""
+    """A frame's checksum or shape is wrong. Its partition cannot be read past it: restore the hub from a backup."""
 
     title = "A frame is damaged"
 
 
 class ReaderFenced(HubError):
-    """A newer epoch of this group reads the partition, `last_epoch`: the lease that the request was made under is lost."""
+    """A newer epoch of this group reads the partition, `last_epoch`: the lease that the request was made under is lost. Stop reading."""
 
     status = 409
     title = "An older epoch of this group"
@@ -305,32 +309,32 @@ class HubBroken(HubError):
 
 
 class StoreError(PenstockError):
-    """The blob store did not do what was asked."""
+    """The blob store did not do what was asked, or what it holds cannot be read. Nothing was overwritten."""
 
     title = "Blob store error"
 
 
 class BlobNotFound(StoreError):
-    """There is no blob of this name."""
+    """There is no blob of this name. Look whether somebody deleted it."""
 
     title = "Blob not found"
 
 
 class LostRace(StoreError):
-    """The blob was changed by another since its etag was read."""
+    """The blob was changed by another since its etag was read. Give up what stood on it, and read anew."""
 
     title = "Another was faster"
 
 
 class StoreUnavailable(StoreError):
-    """The store did not answer, or its answer leaves the outcome unknown."""
+    """The store did not answer, or its answer leaves the outcome unknown. Read back before anything is decided, and try again."""
 
     retryable = True
     title = "The blob store is not available"
 
 
 class ArchiveError(PenstockError):
-    """Ledger, hour files and log do not agree. The partition stops; nothing is overwritten."""
+    """Ledger, hour files and log do not agree. The partition stops; nothing is overwritten. `penstock verify` says more."""
 
     title = "The archive does not agree with the log"
 
@@ -342,31 +346,31 @@ class SpoolError(PenstockError):
 
 
 class SpoolFull(SpoolError):
-    """The spool holds as much as it may, or as its disk can. The event was not taken."""
+    """The spool holds as much as it may, or as its disk can. The event was not taken: keep it, and offer it again later."""
 
     title = "The spool is full"
 
 
 class SpoolClosed(SpoolError):
-    """The client was closed before. The event was not taken."""
+    """The client was closed before. The event was not taken: open a client on the same spool, and send it there."""
 
     title = "The client is closed"
 
 
 class SpoolDamaged(SpoolError):
-    """A file of the spool is not what was written."""
+    """A file of the spool is not what was written. It is kept as it is; `penstock dump` shows what can be read of it."""
 
     title = "The spool is damaged"
 
 
 class FlushTimeout(SpoolError):
-    """The hub has not answered for everything in time. Nothing is lost: the rest stays in the spool."""
+    """The hub has not answered for everything in time. Nothing is lost: the rest stays in the spool. Flush again."""
 
     title = "Not everything was answered in time"
 
 
 class GaveUp(SpoolError):
-    """No batch was answered for the whole timeout. Nothing is lost: what was taken stays in the spool."""
+    """No batch was answered for the whole timeout. Nothing is lost: what was taken stays in the spool. The same command goes on."""
 
     title = "Gave up"
 
@@ -378,7 +382,7 @@ class FileChanged(SettingsError):
 
 
 class InternalError(PenstockError):
-    """The server failed in a way that it does not know. Whether anything was stored is not known either."""
+    """The server failed in a way that it does not know. Whether anything was stored is not known: send the same again."""
 
     retryable = True
     title = "The server failed"

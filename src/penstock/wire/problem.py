@@ -19,13 +19,14 @@ def rebuilt(body: bytes) -> PenstockError | None:
     except msgspec.MsgspecError:
         return None
     detail = members.get("detail")
-    for kind in _tree(PenstockError):
+    for kind in tree(PenstockError):
         if kind.code == members.get("code") and isinstance(detail, str):
             return kind(detail, **{name: value for name, value in members.items() if name not in _NOT_DATA})
     return None
 
 
-def _tree(root: type[PenstockError]) -> Iterator[type[PenstockError]]:
+def tree(root: type[PenstockError]) -> Iterator[type[PenstockError]]:
+    """A class of errors, and all below it."""
     yield root
     for below in root.__subclasses__():
-        yield from _tree(below)
+        yield from tree(below)
