@@ -27,6 +27,7 @@ from penstock.files import Files
 from penstock.hub import embedded
 from penstock.hub.embedded import EmbeddedHub
 from penstock.server import units
+from penstock.server.answers import KeptBatch, Producer, Range
 from penstock.server.app import App, Service, make_app, run_worker
 from penstock.server.housekeeping import Housekeeping
 from penstock.server.ingest import Ingest
@@ -306,28 +307,23 @@ def _app(
     )
 
 
-def _producer(hub: EmbeddedHub, producer: str) -> Mapping[str, object] | None:
+def _producer(hub: EmbeddedHub, producer: str) -> Producer | None:
     try:
         found = hub.producer(producer)
     except NotFound:
         return None
-    return {
-        "producer": producer,
-        "epoch": found.epoch,
-        "sequence": found.sequence,
-        "seen_at": timestamp(found.seen_at_ms),
-        "kept": [
-            {
-                "epoch": kept.epoch,
-                "sequence": kept.sequence,
-                "sha256": kept.sha256.hex(),
-                "accepted": kept.accepted,
-                "enqueued_at": timestamp(kept.enqueued_at_ms),
-                "ranges": [{"partition": p, "first": first, "next": following} for p, first, following in kept.ranges],
-            }
-            for kept in found.kept
-        ],
-    }
+    kept = [
+        KeptBatch(
+            one.epoch,
+            one.sequence,
+            one.sha256.hex(),
+            one.accepted,
+            timestamp(one.enqueued_at_ms),
+            [Range(*each) for each in one.ranges],
+        )
+        for one in found.kept
+    ]
+    return Producer(producer, found.epoch, found.sequence, timestamp(found.seen_at_ms), kept)
 
 
 def _limits(values: Values) -> Limits:

@@ -1,6 +1,6 @@
 """The API: its routes as data, and a worker process that serves them.
 
-    Route(method, path, action, where, right)      where: the listener for everyone, the admin listener, or both
+    Route(method, path, action, where, right, about)    where: the listener for everyone, the admin listener, or both
 
 A path is exact, or has `{names}` that each stand for one segment. What an action is given of those is percent-decoded and
 otherwise as it came: whether it is a device, a producer or a number is for the action to say.
@@ -27,9 +27,13 @@ import uvloop
 
 from penstock.clock import Clock
 from penstock.errors import MethodNotAllowed, NotFound, PenstockError
+from penstock.server import operations as told
+from penstock.server.answers import Health
 from penstock.server.auth import Guard, check, no_guard
 from penstock.server.listener import Server
 from penstock.server.message import Handler, Reply, Request, Response, Right
+from penstock.server.openapi import Operation
+from penstock.server.pages import pages
 from penstock.server.parser import Limits
 from penstock.server.problems import problem, unexpected
 from penstock.server.read import Names, Reads, json
@@ -53,6 +57,7 @@ class Route(NamedTuple):
     action: Action
     where: Where
     right: Right = Right.NONE
+    about: Operation | None = None
 
 
 class Intake(Protocol):
@@ -95,11 +100,24 @@ def make_app(
         readers.shutdown(wait=False, cancel_futures=True)
         close()
 
-    return App(
-        Router((route for route in every if Where.LISTEN in route.where), guard),
-        Router((route for route in every if Where.ADMIN in route.where), guard),
-        close_all,
+    listen, admin = (
+        Router(with_pages([route for route in every if where in route.where], where, guard), guard)
+        for where in (Where.LISTEN, Where.ADMIN)
     )
+    return App(listen, admin, close_all)
+
+
+def with_pages(served: Sequence[Route], where: Where, guard: Guard = no_guard) -> list[Route]:
+    """The routes of a listener, and those that describe them."""
+    described = pages(served, open_to_anyone=guard is no_guard)
+    return [
+        *served,
+        *(Route(page.method, page.path, _always(page.answer), where, about=page.about) for page in described),
+    ]
+
+
+def _always(answer: Response) -> Action:
+    return lambda _request, _names, reply: reply(answer)
 
 
 def routes(
@@ -109,32 +127,35 @@ def routes(
     listen, admin, both = Where.LISTEN, Where.ADMIN, Where.LISTEN | Where.ADMIN
     send, read, manage = Right.SEND, Right.LISTEN, Right.MANAGE
     return (
-        Route(b"POST", b"/v1/events", lambda request, _, reply: ingest.post(request, None, reply), listen, send),
+        Route(
+            b"POST", b"/v1/events", lambda request, _, reply: ingest.post(request, None, reply), listen, send, told.SEND
+        ),
         Route(
             b"POST",
             b"/v1/devices/{device}/events",
             lambda r, names, reply: ingest.post(r, names[0], reply),
             listen,
             send,
+            told.SEND_OF_DEVICE,
         ),
-        Route(b"GET", b"/v1/partitions", run(reads.partitions), listen, read),
-        Route(b"GET", b"/v1/partitions/{n}", run(reads.partition), listen, read),
-        Route(b"GET", b"/v1/partitions/{n}/events", run(reads.events), listen, read),
-        Route(b"GET", b"/v1/partitions/{n}/offset", run(reads.offset), listen, read),
-        Route(b"GET", b"/v1/producers/{id}", run(reads.producer), listen, send | read),
-        Route(b"GET", b"/v1/status", run(reads.status), both, read),
-        Route(b"GET", b"/health/live", lambda _request, _names, reply: reply(json({"ok": True})), both),
-        Route(b"GET", b"/health/ready", run(reads.ready), both),
-        Route(b"POST", b"/v1/cut", run(reads.cut), admin, manage),
-        Route(b"DELETE", b"/v1/groups/{group}", run(reads.forget), admin, manage),
+        Route(b"GET", b"/v1/partitions", run(reads.partitions), listen, read, told.PARTITIONS),
+        Route(b"GET", b"/v1/partitions/{n}", run(reads.partition), listen, read, told.PARTITION),
+        Route(b"GET", b"/v1/partitions/{n}/events", run(reads.events), listen, read, told.EVENTS),
+        Route(b"GET", b"/v1/partitions/{n}/offset", run(reads.offset), listen, read, told.OFFSET),
+        Route(b"GET", b"/v1/producers/{id}", run(reads.producer), listen, send | read, told.PRODUCER),
+        Route(b"GET", b"/v1/status", run(reads.status), both, read, told.STATUS),
+        Route(b"GET", b"/health/live", _always(json(Health(True))), both, about=told.LIVE),
+        Route(b"GET", b"/health/ready", run(reads.ready), both, about=told.READY),
+        Route(b"POST", b"/v1/cut", run(reads.cut), admin, manage, told.CUT),
+        Route(b"DELETE", b"/v1/groups/{group}", run(reads.forget), admin, manage, told.FORGET),
         *(_of_units(units, run) if units is not None else ()),
     )
 
 
 def _of_units(units: Units, run: Callable[[Blocking], Action]) -> Iterable[Route]:
     path = b"/v1/throughput-units"
-    yield Route(b"GET", path, run(units.get), Where.ADMIN, Right.LISTEN)
-    yield Route(b"PUT", path, run(units.put), Where.ADMIN, Right.MANAGE)
+    yield Route(b"GET", path, run(units.get), Where.ADMIN, Right.LISTEN, told.UNITS)
+    yield Route(b"PUT", path, run(units.put), Where.ADMIN, Right.MANAGE, told.SET_UNITS)
 
 
 class Router:

@@ -13,6 +13,7 @@ from penstock.clock import parse_timestamp, timestamp
 from penstock.errors import BadHeader, BadParameter, NotFound
 from penstock.events import Slice
 from penstock.hub import WholeHub
+from penstock.server.answers import Cut, Forgotten, Health, Partition, Partitions, Place
 from penstock.server.message import Request, Response
 from penstock.wire import frame
 
@@ -72,7 +73,7 @@ class Reads:
 
     def ready(self, _request: Request, _names: Names) -> Response:
         self._check()
-        return json({"ok": True})
+        return json(Health(True))
 
     def producer(self, _request: Request, names: Names) -> Response:
         found = self._producer(names[0])
@@ -82,7 +83,7 @@ class Reads:
 
     def partitions(self, _request: Request, _names: Names) -> Response:
         every = [self._bounds(number) for number in range(self._hub.partitions())]
-        return self._json({"hub": self._hub.id, "period_s": self._hub.period_s, "partitions": every})
+        return self._json(Partitions(self._hub.id, self._hub.period_s, every))
 
     def partition(self, request: Request, names: Names) -> Response:
         number = self._number(names[0])
@@ -99,15 +100,15 @@ class Reads:
                 "The parameter `at` is a time as in 2026-11-22T14:03:21.123Z; a `+` in it is written %2B.",
                 parameter="at",
             ) from error
-        return self._json({"partition": partition, "offset": self._hub.locate(partition, at_ms)})
+        return self._json(Place(partition, self._hub.locate(partition, at_ms)))
 
     def cut(self, _request: Request, _names: Names) -> Response:
-        return json({"next": list(self._hub.cut())})
+        return json(Cut(self._hub.cut()))
 
     def forget(self, _request: Request, names: Names) -> Response:
         if not self._groups.forget(names[0]):
             raise NotFound("No group of this name has read here within the retention.")
-        return json({"forgotten": names[0]})
+        return json(Forgotten(names[0]))
 
     def events(self, request: Request, names: Names) -> Response:
         """Events from `from` on as NDJSON, or whole frames; `Penstock-Next-Offset` is where the next request goes on.
@@ -178,16 +179,16 @@ class Reads:
     def _json(self, body: object) -> Response:
         return json(body)._replace(headers=self._ours)
 
-    def _bounds(self, partition: int) -> dict[str, object]:
-        bounds = self._hub.bounds(partition)
-        return {
-            "partition": partition,
-            "first": bounds.first,
-            "next": bounds.next,
-            "bytes": bounds.bytes,
-            "enqueued_first": timestamp(bounds.enqueued_first_ms) if bounds.enqueued_first_ms else None,
-            "enqueued_last": timestamp(bounds.enqueued_last_ms) if bounds.enqueued_last_ms else None,
-        }
+    def _bounds(self, number: int) -> Partition:
+        bounds = self._hub.bounds(number)
+        return Partition(
+            number,
+            bounds.first,
+            bounds.next,
+            bounds.bytes,
+            timestamp(bounds.enqueued_first_ms) if bounds.enqueued_first_ms else None,
+            timestamp(bounds.enqueued_last_ms) if bounds.enqueued_last_ms else None,
+        )
 
     def _number(self, text: str) -> int:
         most = self._hub.partitions()
