@@ -4,8 +4,9 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
 SEED ?=
+SECONDS ?= 60
 
-.PHONY: run test fmt check bench sim sim-long cuts
+.PHONY: run test fmt check bench sim sim-long cuts fuzz
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -60,3 +61,7 @@ sim-long: .venv/.dev
 cuts: .venv/.dev
 	PENSTOCK_ROUNDS=$(or $(ROUNDS),60) $(if $(SEED),PENSTOCK_SEED=$(SEED)) \
 		$(BIN)/python -m pytest -q -s --timeout 3600 -k moment tests/crash/test_power.py tests/crash/test_client_power.py
+
+# All targets at once, or those of TARGETS; `make test` has ten seconds of each. What fails is kept in tests/fuzz/corpus.
+fuzz: .venv/.dev
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(TARGETS)

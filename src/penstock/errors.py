@@ -52,7 +52,7 @@ class PenstockError(Exception):
         if "code" not in vars(cls):
             cls.code = _WORD.sub("_", cls.__name__).lower()
 
-    def __init__(self, detail: str, **fields: object) -> None:
+    def __init__(self, detail: str, /, **fields: object) -> None:  # `fields` may have any name: they come from the wire
         super().__init__(detail)
         self.detail = detail
         self.fields = fields

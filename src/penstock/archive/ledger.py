@@ -92,7 +92,7 @@ def owner(store: BlobStore) -> Owner | None:
 def _owner(body: bytes) -> Owner:
     try:
         return msgspec.json.decode(body, type=Owner)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{HUB_BLOB} in the store cannot be read: {error}") from error
 
 
@@ -167,7 +167,7 @@ class Ledger:
         name = record_name(self._partition, first)
         try:
             record = msgspec.json.decode(body, type=Record)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ArchiveError(f"{name} cannot be read: {error}", record=name) from error
         if (record.hub, record.partition, record.first) != (self._hub_id, self._partition, first):
             raise ArchiveError(

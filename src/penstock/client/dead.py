@@ -84,7 +84,7 @@ def read_lines(path: Path, text: bytes) -> Iterator[Dead]:
             event = event_of(record)
             if not event.strip(_BLANK) or b"\n" in event:
                 raise ValueError("an event is something in one line")
-        except (ValueError, msgspec.MsgspecError) as error:
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise SpoolDamaged(f"{path}, line {number}, is damaged: {error}.") from error
         yield record
 

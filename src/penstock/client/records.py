@@ -131,7 +131,7 @@ def read_header(text: bytes) -> Header:
         header = msgspec.json.decode(text[: text.index(b"\n")], type=Header)
         if header.format != _FORMAT:
             raise ValueError(f"unknown format {header.format}")
-    except (ValueError, msgspec.MsgspecError) as error:
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
         raise SpoolDamaged(f"The header of a batch file is damaged: {error}.") from error
     return header
 

@@ -176,7 +176,12 @@ class RemoteHub:
                 answer = self._checked_answer(path, kind, headers)
                 try:
                     return understood(answer)
-                except (FrameDamaged, ValueError, KeyError) as error:  # msgspec's errors are ValueErrors
+                except (
+                    FrameDamaged,
+                    ValueError,
+                    KeyError,
+                    RecursionError,
+                ) as error:  # msgspec's errors are ValueErrors
                     raise HubUnavailable(
                         f"The answer of {self._where} to {path} is damaged or contradicts itself: {error}."
                     ) from error

@@ -79,7 +79,7 @@ def decode_lease(body: bytes, partition: int) -> Lease:
     """The record in a blob. Raises StoreError when it is unreadable, which does not make it free."""
     try:
         lease = msgspec.json.decode(body, type=Lease)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise StoreError(f"lease unreadable: partition {partition}: {error}", partition=partition) from error
     if lease.partition != partition or lease.epoch < 1 or lease.sequence_number < 0 or not lease.offset.isdecimal():
         raise StoreError(f"lease unreadable: partition {partition}: its values make no sense", partition=partition)

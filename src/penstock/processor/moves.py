@@ -169,7 +169,7 @@ def _id(move: Move) -> str:
 def _decoded(body: bytes) -> Move | None:
     try:
         return msgspec.json.decode(body, type=Move)
-    except (msgspec.DecodeError, ValueError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return None
 
 

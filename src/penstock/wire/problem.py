@@ -16,7 +16,7 @@ def rebuilt(body: bytes) -> PenstockError | None:
     """The error that a problem tells of, with its data; None for what is no problem, or has a code that this version does not know."""
     try:
         members = msgspec.json.decode(body, type=dict[str, object])
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     detail = members.get("detail")
     for kind in tree(PenstockError):
