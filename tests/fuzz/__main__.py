@@ -6,6 +6,7 @@ What fails is kept as a file in tests/fuzz/corpus/TARGET: put it into the reposi
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def run_here(name: str, options: list[str]) -> None:
     """Never returns: libFuzzer ends the process."""
     import atheris
 
+    os.nice(15)  # all of them at once must not hold up other tests, which wait for deadlines
     with atheris.instrument_imports(include=["penstock"]):
         from tests.fuzz.targets import TARGETS
     target = TARGETS[name]
