@@ -72,7 +72,9 @@ def _fuzz(target: str, seconds: int, seed: int) -> Outcome:
             *(f"-max_total_time={seconds}", f"-seed={seed}", f"-timeout={INPUT_S}", f"-rss_limit_mb={MEMORY_MIB}"),
             *(f"-artifact_prefix={folder}/", "-print_final_stats=1", "-verbosity=1"),
         ]
-        done = subprocess.run(arguments, cwd=PROJECT, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            arguments, cwd=PROJECT, capture_output=True, text=True, errors="replace", timeout=seconds + 150, check=False
+        )
     return Outcome(target, done.returncode, done.stdout + done.stderr, sorted(set(folder.iterdir()) - before))
 
 

@@ -64,6 +64,7 @@ def test_without_its_care_a_part_fails_on_the_corpus(
                 TARGETS[target].run(path.read_bytes())
 
 
+@pytest.mark.timeout(SECONDS + 200)
 def test_nothing_new_is_found() -> None:
     """All targets at once: ten seconds each are ten seconds and not ninety."""
     pytest.importorskip("atheris", reason="atheris has no wheel for this Python")

@@ -160,7 +160,13 @@ def _operation(route: Described, about: Operation, open_to_anyone: bool) -> dict
     needed = rights(route.right)
     text = about.text
     if needed:
-        text = f"{text}\n\nNeeds a key with the right to {' or '.join(needed)}."
+        wanted = f"with the right to {' or '.join(needed)}."
+        here = (
+            f"This installation asks for no key; others want one {wanted}"
+            if open_to_anyone
+            else f"Needs a key {wanted}"
+        )
+        text = f"{text}\n\n{here}"
     told: dict[str, Any] = {
         "operationId": about.name,
         "summary": about.summary,
