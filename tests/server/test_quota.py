@@ -273,7 +273,7 @@ def test_units_are_kept_and_in_force_everywhere_at_once(tmp_path: Path) -> None:
     assert (other.units, read_units(tmp_path)) == (0, 0)
     one.put(b'{"throughput_units": 0}')
     assert other.units == 0
-    one.put(b'{"throughput_units": 7}')
+    assert one.put(b'{"throughput_units": 7.0}')["throughput_units"] == 7  # the same number in JSON
     prepare(tmp_path, one.run, PARTITIONS, None)
     assert other.units == 7
     prepare(tmp_path, one.run, PARTITIONS, 8)

@@ -25,9 +25,9 @@ _FILE, _LOCK, _MEMORY = "units.json", "units.lock", "quota"
 
 
 class _Wanted(msgspec.Struct):
-    """`null` and 0 mean that there is no limit."""
+    """`null` and 0 mean that there is no limit. JSON knows one kind of number: 20 is also written 20.0."""
 
-    throughput_units: int | None
+    throughput_units: float | None
 
 
 class Throughput(msgspec.Struct, frozen=True):
@@ -49,7 +49,7 @@ class Throughput(msgspec.Struct, frozen=True):
 def read_units(data: Path) -> int:
     """What was set for this data folder; 0: unlimited. Raises SettingsError."""
     try:
-        return msgspec.json.decode((data / _FILE).read_bytes(), type=_Wanted).throughput_units or 0
+        return int(msgspec.json.decode((data / _FILE).read_bytes(), type=_Wanted).throughput_units or 0)
     except FileNotFoundError:
         return 0
     except (OSError, msgspec.DecodeError) as error:
@@ -167,9 +167,9 @@ class Units:
 def _wanted(body: bytes) -> int:
     try:
         units = msgspec.json.decode(body, type=_Wanted).throughput_units or 0
-        if 0 <= units <= UNITS_MOST:
-            return units
-        reason = f"it is not within 0 and {UNITS_MOST:,}"
+        if 0 <= units <= UNITS_MOST and units == int(units):
+            return int(units)
+        reason = f"it is no whole number within 0 and {UNITS_MOST:,}"
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = str(error)
     raise BadParameter(
