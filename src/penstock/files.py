@@ -150,16 +150,19 @@ class Files:
         self.sync_folder(path.parent)
         return created
 
-    def replace(self, path: Path, body: bytes) -> None:
-        """The file has `body` when it returns; before that it has the old content or the new, never a mixture."""
-        self.put(path, io.BytesIO(body))
+    def replace(self, path: Path, body: bytes, *, mode: int = 0o666) -> None:
+        """The file has `body` when it returns; before that it has the old content or the new, never a mixture.
 
-    def put(self, path: Path, source: BinaryIO) -> None:
+        `mode`, less the umask: of the file from its first moment on, for what is not for everybody's eyes.
+        """
+        self.put(path, io.BytesIO(body), mode=mode)
+
+    def put(self, path: Path, source: BinaryIO, *, mode: int = 0o666) -> None:
         """`replace` from a stream, from where it stands to its end.
 
         A `work_file` of the same file system is not copied: it gets the name, and must not be written again.
         """
-        with self._named(path.parent, source) or self._written(path.parent, source) as work:
+        with self._named(path.parent, source) or self._written(path.parent, source, mode) as work:
             try:
                 self._rename(work, path)
             except BaseException:
@@ -299,9 +302,9 @@ class Files:
             os.close(fd)
 
     @contextlib.contextmanager
-    def _written(self, folder: Path, source: BinaryIO) -> Iterator[Path]:
+    def _written(self, folder: Path, source: BinaryIO, mode: int = 0o666) -> Iterator[Path]:
         """A synced work file, locked until the block ends so that no `sweep` takes it for a dead one's."""
-        work, fd = self._locked_work(folder)
+        work, fd = self._locked_work(folder, mode)
         try:
             try:
                 while part := source.read(PART_BYTES):
@@ -332,10 +335,10 @@ class Files:
             return None
         return contextlib.nullcontext(work)
 
-    def _locked_work(self, folder: Path) -> tuple[Path, int]:
+    def _locked_work(self, folder: Path, mode: int) -> tuple[Path, int]:
         while True:
             work = folder / f".{secrets.token_hex(8)}"
-            fd = self._open_new(work)
+            fd = self._open_new(work, mode)
             fcntl.flock(fd, fcntl.LOCK_EX)
             if os.fstat(fd).st_nlink:
                 return work, fd
@@ -362,8 +365,8 @@ class Files:
     def _mkdir(self, folder: Path) -> None:
         folder.mkdir()
 
-    def _open_new(self, path: Path) -> int:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    def _open_new(self, path: Path, mode: int = 0o666) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
 
     def _write(self, fd: int, body: memoryview) -> int:
         return os.write(fd, body)

@@ -29,6 +29,7 @@ from typing import Literal, Protocol, Self, cast
 
 import msgspec
 
+from penstock.access import Access
 from penstock.blobs import BlobStore
 from penstock.blobs.connection import connect, is_url
 from penstock.blobs.disk import DiskBlobs
@@ -116,7 +117,8 @@ class PartitionState(msgspec.Struct, frozen=True):
 class EventProcessorHost:
     """One host of a consumer group. Hosts of one group share its partitions through leases in `store`, each partition read by one.
 
-    `hub` is the address of an API, or a data folder of this machine. `store` is where the group's leases and checkpoints lie, the same
+    `hub` is the address of an API or a connection string, or a data folder of this machine. `key`, `ca` and `certificate` are for an API,
+    as in Client. `store` is where the group's leases and checkpoints lie, the same
     for all its hosts; with a data folder it may be left out and is the installation's own. Tests hand in hub and store ready-made
     (penstock.testing). `name` must be the host's own (default: machine and random digits). A partition without a lease begins at the
     oldest event that is kept, or, with `begin="end"`, with the events to come. A lease that a host did not renew for `lease_s` is taken
@@ -129,6 +131,10 @@ class EventProcessorHost:
         *,
         group: str,
         store: str | Path | BlobStore | None = None,
+        key: str | None = None,
+        ca: str | None = None,
+        certificate: str | None = None,
+        certificate_key: str | None = None,
         name: str | None = None,
         begin: Literal["start", "end"] = "start",
         lease_s: float = 30.0,
@@ -142,12 +148,16 @@ class EventProcessorHost:
             raise SettingsError(f'begin is "start" or "end", not {begin!r}.')
         if not lease_s >= LEASE_S_LEAST:
             raise SettingsError(f"lease_s is at least {LEASE_S_LEAST:g} s, not {lease_s!r}.")
-        if store is None and isinstance(hub, str | Path) and "://" not in str(hub):
+        if store is None and isinstance(hub, str | Path) and not _over_http(str(hub)):
             store = Path(hub) / "store"
         if store is None:
             raise SettingsError(f"Where the leases of group {group} lie must be said: `store` is missing.")
-        self._hub = hub
+        self._hub: str | Path | Hub | Access = hub
         self._store = open_store(store) if isinstance(store, str | Path) else store
+        if isinstance(hub, str) and _over_http(hub):
+            self._hub = Access.from_environment(
+                hub, key=key, ca=ca, certificate=certificate, certificate_key=certificate_key
+            )
         self._store_name = str(store)
         self._clock = SystemClock()
         self._group = group
@@ -249,11 +259,11 @@ class EventProcessorHost:
 
     @contextlib.contextmanager
     def _open_hub(self) -> Iterator[Hub]:
-        if not isinstance(self._hub, str | Path):
-            yield self._hub
-        elif "://" in str(self._hub):
-            with RemoteHub(str(self._hub)) as remote:
+        if isinstance(self._hub, Access):
+            with RemoteHub(self._hub) as remote:
                 yield remote
+        elif not isinstance(self._hub, str | Path):
+            yield self._hub
         else:
             from penstock.hub.embedded import EmbeddedHub  # hosts of other machines need no LMDB
 
@@ -320,6 +330,10 @@ class _Fed:
         except Exception as error:
             self._failed(self._partition, error)
             raise
+
+
+def _over_http(hub: str) -> bool:
+    return "://" in hub
 
 
 def unique_name() -> str:

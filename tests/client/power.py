@@ -40,9 +40,9 @@ class PowerFiles(Files):
         if self.calls == self._cut_at:
             raise PowerCut
 
-    def _open_new(self, path: Path) -> int:
+    def _open_new(self, path: Path, mode: int = 0o666) -> int:
         self._call()
-        fd = super()._open_new(path)
+        fd = super()._open_new(path, mode)
         self._synced[path] = 0
         self._later("open", path.parent, lambda: path.unlink(missing_ok=True))
         return fd

@@ -34,10 +34,10 @@ class SickFiles(Files):
         self.bytes_left = 1 << 40
         self.no_batches = False
 
-    def _open_new(self, path: Path) -> int:
+    def _open_new(self, path: Path, mode: int = 0o666) -> int:
         if path.name.startswith(".") and self.no_batches:
             raise full()
-        return super()._open_new(path)
+        return super()._open_new(path, mode)
 
     def _write(self, fd: int, body: memoryview) -> int:
         if not self.bytes_left:

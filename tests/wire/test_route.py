@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from penstock.errors import BatchTooLarge, EmptyBatch
 from penstock.events import Group
 from penstock.wire import route
-from penstock.wire.route import Routed, Router, Stamp, is_device, is_field
+from penstock.wire.route import Allows, Routed, Router, Stamp, is_device, is_field
 
 DATA = Path(__file__).parent.parent / "data"
 RECEIVED = "2026-11-22T14:03:21.123Z"
@@ -86,8 +86,24 @@ class Judged(NamedTuple):
     line: bytes = b""
 
 
-def oracle(line: bytes, *, field: str, device: str | None, properties: bytes, event_bytes_max: int) -> Judged:
+def oracle(
+    line: bytes,
+    *,
+    field: str,
+    device: str | None,
+    properties: bytes,
+    event_bytes_max: int,
+    allows: Allows | None = None,
+) -> Judged:
     """What becomes of a line, by the contract and the standard library."""
+    judged = judge(line, field=field, device=device, properties=properties, event_bytes_max=event_bytes_max)
+    if judged.code is None and allows is not None and not allows(judged.device):
+        return Judged("forbidden_device")
+    return judged
+
+
+def judge(line: bytes, *, field: str, device: str | None, properties: bytes, event_bytes_max: int) -> Judged:
+    """The same for one who may send for every device."""
     line = line.rstrip(WHITE)
     if len(line) > event_bytes_max:
         return Judged("event_too_large")
@@ -129,26 +145,34 @@ def stamped(judged: Judged, *, field: str, device: str | None, properties: bytes
 
 
 def check(
-    router: Router, body: bytes, *, field: str, device: str | None, properties: bytes, limits: dict[str, int]
+    router: Router,
+    body: bytes,
+    *,
+    field: str,
+    device: str | None,
+    properties: bytes,
+    limits: dict[str, int],
+    allows: Allows | None = None,
 ) -> bool:
     """Both ways, and the result against the oracle. True when the fast way was sure."""
     given_stamp = Stamp(RECEIVED, properties, device or "", field)
-    fast = fast_way(router, body, given_stamp, field, device)
+    fast = fast_way(router, body, given_stamp, field, device, allows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(route, "DEVICES_CACHED_MAX", 0)
-        assert fast_way(router, body, given_stamp, field, device) == fast
+        assert fast_way(router, body, given_stamp, field, device, allows) == fast
     lines = [line for line in body.split(b"\n") if line.strip(WHITE)]
     if not lines or len(lines) > limits["events_max"]:
         with pytest.raises(BatchTooLarge if lines else EmptyBatch):
-            router._slow(body, given_stamp, field, device)
+            router._slow(body, given_stamp, field, device, allows)
         assert fast is None
         return False
-    slow = router._slow(body, given_stamp, field, device)
+    slow = router._slow(body, given_stamp, field, device, allows)
     if fast is not None:
         assert fast == slow
-    assert router.route(body, given_stamp, field=field, device=device) == slow
+    assert router.route(body, given_stamp, field=field, device=device, allows=allows) == slow
+    bound = limits["event_bytes_max"]
     judged = [
-        oracle(line, field=field, device=device, properties=properties, event_bytes_max=limits["event_bytes_max"])
+        oracle(line, field=field, device=device, properties=properties, event_bytes_max=bound, allows=allows)
         for line in lines
     ]
     assert [(r.index, r.code) for r in slow.rejected] == [(i, j.code) for i, j in enumerate(judged) if j.code]
@@ -162,9 +186,11 @@ def check(
     return fast is not None
 
 
-def fast_way(router: Router, body: bytes, stamp: Stamp, field: str, device: str | None) -> Routed | None:
+def fast_way(
+    router: Router, body: bytes, stamp: Stamp, field: str, device: str | None, allows: Allows | None
+) -> Routed | None:
     try:
-        return router._fast(body, stamp, field, device)
+        return router._fast(body, stamp, field, device, allows)
     except route._NotSure:
         return None
 
@@ -195,6 +221,7 @@ def check_groups(groups: Sequence[Group], expected: dict[int, list[bytes]], fram
             "frame_bytes_max": st.sampled_from([262_144, 200]),
         }
     ),
+    allowed=st.sampled_from([None, None, {"d-1"}, {"d-1", "d-2"}, {"d-1", "d-2", "d-3", "d-4"}, set()]),
 )
 @example(
     body=b'{"deviceId":"a","x":{"y":1}\n}\n{"deviceId":"b"}{"deviceId":"c"}\n',
@@ -202,11 +229,18 @@ def check_groups(groups: Sequence[Group], expected: dict[int, list[bytes]], fram
     device=None,
     properties=b"",
     limits={"events_max": 9, "event_bytes_max": 900, "frame_bytes_max": 900},
+    allowed=None,
 )
 def test_fast_slow_and_oracle_agree(
-    body: bytes, field: str, device: str | None, properties: bytes, limits: dict[str, int]
+    body: bytes,
+    field: str,
+    device: str | None,
+    properties: bytes,
+    limits: dict[str, int],
+    allowed: set[str] | None,
 ) -> None:
-    check(Router(3, **limits), body, field=field, device=device, properties=properties, limits=limits)
+    allows = None if allowed is None else allowed.__contains__
+    check(Router(3, **limits), body, field=field, device=device, properties=properties, limits=limits, allows=allows)
 
 
 LIMITS = {"events_max": 10_000, "event_bytes_max": 262_144, "frame_bytes_max": 262_144}
@@ -255,6 +289,16 @@ def test_without_the_check_of_escapes_the_oracle_fails(monkeypatch: pytest.Monke
     monkeypatch.setattr(route, "_SUSPICIOUS", re.compile(rb"(?!)"))
     with pytest.raises(AssertionError):
         check(Router(3), body, **given)
+
+
+@pytest.mark.parametrize(("device", "line"), [(None, b'{"deviceId":"d-2","x":1}'), ("d-2", b'{"x":1}')])
+def test_devices_that_are_not_allowed_are_left_to_the_slow_way(device: str | None, line: bytes) -> None:
+    given: dict[str, Any] = {"field": "deviceId", "device": device, "properties": b"", "limits": LIMITS}
+    body = (line + b"\n") * 50
+    assert check(Router(3), body, **given, allows={"d-2"}.__contains__)
+    assert not check(Router(3), body, **given, allows={"d-1"}.__contains__)
+    rejected = Router(3).route(body, Stamp(RECEIVED, b"", device or ""), device=device, allows={"d-1"}.__contains__)
+    assert ({one.code for one in rejected.rejected}, rejected.accepted) == ({"forbidden_device"}, 0)
 
 
 @pytest.mark.parametrize("device", [None, "d-1"])

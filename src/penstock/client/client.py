@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import random
 import secrets
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import msgspec
-
-from penstock.client.records import RAW_BYTES_MAX
+from penstock.access import Access
+from penstock.client.records import RAW_BYTES_MAX, Event, line_of
 from penstock.client.sending import Board, Rejected, Sender, Stats, headers_of
 from penstock.client.spool import LaneOf, Spool
 from penstock.client.transport import HttpTransport, Transport
@@ -41,12 +41,12 @@ _IDLE_S = 1.0
 _UNSEALED_MAX = 4
 _SENDING_BYTES = 1 << 16
 
-Event = Mapping[str, Any] | msgspec.Struct | bytes | str
-
 
 class Client:
     """A device's or gateway's way to the hub. Thread-safe.
 
+    `url` is an address or a connection string, which brings its own key (access.py). `key`, the file of authorities `ca`, and the
+    `certificate` that is shown to servers that ask for one: what is not given comes from PENSTOCK_URL, PENSTOCK_KEY and so on.
     `lanes`: how many batches may be under way; a device is always in the same, so its order is kept. `batch_events`, and `linger_s`
     after its first event, end a batch. A spool that holds `spool_bytes_max` bytes, from which the hub has taken nothing for
     `spool_age_s_max`, or whose disk is full, makes `send` raise SpoolFull, or wait (`when_full="block"`); nothing that was taken is
@@ -57,9 +57,12 @@ class Client:
 
     def __init__(
         self,
-        url: str | None = None,
+        url: str | Access | None = None,
         *,
         key: str | None = None,
+        ca: str | None = None,
+        certificate: str | None = None,
+        certificate_key: str | None = None,
         spool: str | Path = "spool",
         lanes: int = 1,
         device_field: str = DEVICE_FIELD,
@@ -75,8 +78,6 @@ class Client:
         files: Files | None = None,
         connect: Callable[[], Transport] | None = None,
     ) -> None:
-        url = url or os.environ.get("PENSTOCK_URL", "http://127.0.0.1:8480")
-        key = key or os.environ.get("PENSTOCK_KEY")
         if lanes < 1 or batch_events < 1:
             raise SettingsError("A client needs at least one lane, and a batch at least one event.")
         self._folder = Path(spool)
@@ -90,8 +91,9 @@ class Client:
         self._when_full = when_full
         self._clock: Clock = clock or SystemClock()
         self._files = files or Files()
-        self._headers = headers_of(device_field, key)
-        self._connect = connect or (lambda: HttpTransport(url, timeout_s=timeout_s))
+        self._headers = headers_of(device_field)
+        access = Access.from_environment(url, key=key, ca=ca, certificate=certificate, certificate_key=certificate_key)
+        self._connect = connect or functools.partial(HttpTransport, access, timeout_s=timeout_s)
         self._board = Board(on_rejected, self._clock, lambda: self._spool.events)
         self._mutex = threading.RLock()
         self._here = _Here()
@@ -123,14 +125,14 @@ class Client:
 
         None is taken when it raises; but with `sync="each"` an OSError of the sync leaves open whether it outlives a power cut.
         """
-        self._take([_line(event)])
+        self._take([line_of(event)])
 
     def send_many(self, events: Iterable[Event]) -> None:
         """Take events, in this order for each device. None is taken when one of them is no event, or has no room.
 
         After an OSError those of some lanes may be taken.
         """
-        if lines := [_line(event) for event in events]:
+        if lines := [line_of(event) for event in events]:
             self._take(lines)
 
     def flush(self, timeout_s: float = 60.0) -> None:
@@ -384,15 +386,3 @@ def _at_exit() -> None:
 
 os.register_at_fork(after_in_child=_in_child)
 atexit.register(_at_exit)
-
-
-def _line(event: Event) -> bytes:
-    """An event as one line of JSON."""
-    if isinstance(event, str):
-        event = event.encode()
-    if isinstance(event, bytes):
-        line = event.strip(b" \t\r\n")
-        if not line or b"\n" in line:
-            raise ValueError("an event given as text is one JSON object in one line; this has none or several")
-        return line
-    return msgspec.json.encode(event)

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Mapping
 from typing import Protocol
 
-from penstock.client.transport import Answer, connection
+from penstock.access import Access, opened
+from penstock.client.transport import Answer
 from penstock.clock import Clock
 from penstock.errors import HubUnavailable
 
@@ -31,8 +32,8 @@ class Misconduct(Protocol):
 class HttpMisconduct:
     """The same over HTTP."""
 
-    def __init__(self, url: str, *, path: str = "/v1/events", timeout_s: float, clock: Clock) -> None:
-        self._url = url
+    def __init__(self, api: str | Access, *, path: str = "/v1/events", timeout_s: float, clock: Clock) -> None:
+        self._access = opened(api)
         self._path = path
         self._timeout_s = timeout_s
         self._clock = clock
@@ -60,9 +61,9 @@ class HttpMisconduct:
             raise HubUnavailable(f"A slow request got no answer: {error or type(error).__name__}.") from error
 
     def _begin(self, body: bytes, headers: Mapping[str, str]) -> http.client.HTTPConnection:
-        to, base = connection(self._url, timeout_s=self._timeout_s)
-        to.putrequest("POST", base + self._path)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        to = self._access.connection(timeout_s=self._timeout_s)
+        to.putrequest("POST", self._access.base + self._path)
+        for name, value in {**headers, **self._access.headers(), "Content-Length": str(len(body))}.items():
             to.putheader(name, value)
         to.endheaders()
         return to

@@ -6,6 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,6 +16,21 @@ _FORMAT = "penstock-batch/1"
 _CRC_CHARS = 8
 RAW_BYTES_MAX = 8 << 20
 """NDJSON in one batch; the API takes 16 MiB."""
+
+Event = Mapping[str, Any] | msgspec.Struct | bytes | str
+"""What a program hands in; as text it is one JSON object."""
+
+
+def line_of(event: Event) -> bytes:
+    """An event as one line of JSON. Raises ValueError for a text that is no line, TypeError for what cannot be JSON."""
+    if isinstance(event, str):
+        event = event.encode()
+    if isinstance(event, bytes):
+        line = event.strip(b" \t\r\n")
+        if not line or b"\n" in line:
+            raise ValueError("an event given as text is one JSON object in one line; this has none or several")
+        return line
+    return msgspec.json.encode(event)
 
 
 class State(msgspec.Struct, frozen=True):

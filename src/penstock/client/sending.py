@@ -32,14 +32,13 @@ _log = logging.getLogger("penstock.client")
 _log.addHandler(logging.NullHandler())  # a program that sets up no logging sees nothing on its stderr
 
 
-def headers_of(device_field: str, key: str | None = None) -> dict[str, str]:
+def headers_of(device_field: str) -> dict[str, str]:
     """What every batch is posted with, beside its number."""
-    headers = {
+    return {
         "Content-Type": "application/x-ndjson",
         "Content-Encoding": "gzip",
         "Penstock-Device-Field": device_field,
     }
-    return {**headers, "Authorization": f"Bearer {key}"} if key else headers
 
 
 class Rejected(msgspec.Struct, frozen=True):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import http.client
 from collections.abc import Mapping
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import msgspec
 
-from penstock.errors import HubUnavailable, SettingsError
+from penstock.access import Access, opened
+from penstock.errors import HubUnavailable
 
 ANSWER_BYTES_MAX = 16 << 20
 """Of a page that is no answer of ours there may be any number; ours name each rejected event."""
@@ -31,25 +31,13 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-def connection(url: str, *, timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
-    """A connection that opens when it is used, and the path that the address ends in. Raises SettingsError."""
-    parts = urlsplit(url)
-    try:
-        port = parts.port
-    except ValueError:
-        raise SettingsError(f"{url} is not an address: the port is wrong.") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(parts.hostname, port, timeout=timeout_s), parts.path.rstrip("/")
-
-
 class HttpTransport:
-    """A kept-alive HTTP/1.1 connection, used by one thread. Opens again by itself."""
+    """A kept-alive HTTP/1.1 connection, used by one thread. Opens again by itself. Raises SettingsError for a wrong address."""
 
-    def __init__(self, url: str, *, path: str = "/v1/events", timeout_s: float) -> None:
-        self._connection, base = connection(url, timeout_s=timeout_s)
-        self._path = base + path
+    def __init__(self, api: str | Access, *, path: str = "/v1/events", timeout_s: float) -> None:
+        self._access = opened(api)
+        self._connection = self._access.connection(timeout_s=timeout_s)
+        self._path = self._access.base + path
         self._used = False
 
     def post(self, body: bytes, headers: Mapping[str, str]) -> Answer:
@@ -68,7 +56,7 @@ class HttpTransport:
             raise HubUnavailable(f"{where} gives no answer: {error or type(error).__name__}.") from error
 
     def _exchange(self, body: bytes, headers: Mapping[str, str]) -> Answer:
-        self._connection.request("POST", self._path, body, dict(headers))
+        self._connection.request("POST", self._path, body, {**headers, **self._access.headers()})
         with self._connection.getresponse() as response:
             fields = {name.lower(): value for name, value in response.getheaders()}
             answer = Answer(response.status, fields, response.read(ANSWER_BYTES_MAX))

@@ -13,10 +13,11 @@ import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Final, NamedTuple, NoReturn, Self, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import msgspec
 
+from penstock.access import Access, opened
 from penstock.clock import Clock, SystemClock, parse_timestamp, timestamp
 from penstock.errors import FrameDamaged, HubError, HubUnavailable, NotFound, PenstockError, SettingsError
 from penstock.events import Bounds, Frame, Slice
@@ -68,25 +69,21 @@ class _Offset(msgspec.Struct, frozen=True):
 class RemoteHub:
     """The reading half of a hub. Thread-safe; as many connections as threads read at once, kept alive.
 
-    Asks at once: raises HubUnavailable when nobody answers, SettingsError when `url` is no address. A request that fails is made again
+    Asks at once: raises HubUnavailable when nobody answers, SettingsError when `api` is no address. A request that fails is made again
     for `patience_s`, so that a short outage is not seen; `timeout_s` is for each step of one.
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float = TIMEOUT_S, patience_s: float = PATIENCE_S, clock: Clock | None = None
+        self,
+        api: str | Access,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        patience_s: float = PATIENCE_S,
+        clock: Clock | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        try:
-            port = parts.port
-        except ValueError:
-            raise SettingsError(f"{url} is not an address: the port is wrong.") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        host = parts.hostname
-        self._connect: Callable[[], http.client.HTTPConnection] = lambda: kind(host, port, timeout=timeout_s)
-        self._where = f"{parts.scheme}://{parts.netloc}"
-        self._base = parts.path.rstrip("/")
+        self._access = opened(api)
+        self._timeout_s = timeout_s
+        self._where, self._base = self._access.where, self._access.base
         self._clock = clock or SystemClock()
         self._patience_s = patience_s
         self._closed = threading.Event()
@@ -216,7 +213,7 @@ class RemoteHub:
             except (OSError, http.client.HTTPException):
                 pass
         try:
-            return self._ask(self._connect(), path, headers)
+            return self._ask(self._access.connection(timeout_s=self._timeout_s), path, headers)
         except (OSError, http.client.HTTPException) as error:
             self._unanswered(error)
 
@@ -224,7 +221,7 @@ class RemoteHub:
         until = self._clock.monotonic() + WHOLE_S
         with contextlib.ExitStack() as failed:
             failed.callback(connection.close)
-            connection.request("GET", path, headers=dict(headers))
+            connection.request("GET", path, headers={**headers, **self._access.headers()})
             with connection.getresponse() as response:
                 fields = {name.lower(): value for name, value in response.getheaders()}
                 parts, size = [], 0

@@ -25,6 +25,7 @@ from penstock.errors import (
     BatchTooLarge,
     BodyMismatch,
     EmptyBatch,
+    ForbiddenDevice,
     HubBroken,
     HubBusy,
     HubUnavailable,
@@ -179,6 +180,9 @@ class Ingest:
         body = request.body
         if not body:
             raise EmptyBatch("The body is empty. Nothing was stored.")
+        allows = request.grant.allows
+        if device is not None and allows is not None and not allows(device):
+            raise ForbiddenDevice("The key is not for the device of this path. Nothing was stored.")
         field = self._field(headers.get(b"penstock-device-field"))
         properties = _properties(headers)
         numbered = headers.get(b"penstock-producer")
@@ -200,7 +204,8 @@ class Ingest:
                 "Split it and send the parts.",
                 limit_bytes=self._unzipped_bytes_max,
             )
-        routed = self._router.route(lines, self._stamp_for(properties, device, field), field=field, device=device)
+        stamp = self._stamp_for(properties, device, field)
+        routed = self._router.route(lines, stamp, field=field, device=device, allows=allows)
         if not routed.accepted:
             raise NoValidEvent("Every event of the batch was rejected. Nothing was stored.", rejected=routed.rejected)
         batch = Batch(

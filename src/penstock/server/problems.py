@@ -13,6 +13,7 @@ from penstock.errors import (
     MethodNotAllowed,
     NotConfirmed,
     PenstockError,
+    Unauthenticated,
     UnsupportedEncoding,
     UnsupportedType,
 )
@@ -44,6 +45,8 @@ def _headers(error: PenstockError) -> tuple[tuple[bytes, bytes], ...]:
     if isinstance(error, NotConfirmed) or "retry_after_s" in error.fields:
         after_s = cast(float, error.fields.get("retry_after_s", 1))
         return ((b"Retry-After", b"%d" % max(1, math.ceil(after_s))),)
+    if isinstance(error, Unauthenticated):
+        return ((b"WWW-Authenticate", b"Bearer, SharedAccessSignature"),)
     if isinstance(error, MethodNotAllowed):
         return ((b"Allow", _names(error, "allow")),)
     if isinstance(error, UnsupportedEncoding):

@@ -61,6 +61,10 @@ class Routed(msgspec.Struct, frozen=True, gc=False):
     rejected: tuple[Rejected, ...] = ()
 
 
+Allows = Callable[[str], bool]
+"""Whether events of a device may be sent by the one who sends them."""
+
+
 class _NotSure(Exception):
     """The fast way cannot judge this batch."""
 
@@ -133,17 +137,25 @@ class Router:
         self._event_bytes_max = event_bytes_max
         self._frame_bytes_max = frame_bytes_max
 
-    def route(self, body: bytes, stamp: Stamp, *, field: str = DEVICE_FIELD, device: str | None = None) -> Routed:
-        """Split NDJSON. `device` is the one in the path, if there is one.
+    def route(
+        self,
+        body: bytes,
+        stamp: Stamp,
+        *,
+        field: str = DEVICE_FIELD,
+        device: str | None = None,
+        allows: Allows | None = None,
+    ) -> Routed:
+        """Split NDJSON. `device` is the one in the path, if there is one; events of devices that `allows` denies are rejected.
 
         Raises EmptyBatch and BatchTooLarge (more than `events_max` events); what is wrong with one event is in the result.
         """
         try:
-            return self._fast(body, stamp, field, device)
+            return self._fast(body, stamp, field, device, allows)
         except _NotSure:
-            return self._slow(body, stamp, field, device)
+            return self._slow(body, stamp, field, device, allows)
 
-    def _fast(self, body: bytes, stamp: Stamp, field: str, device: str | None) -> Routed:
+    def _fast(self, body: bytes, stamp: Stamp, field: str, device: str | None, allows: Allows | None = None) -> Routed:
         if not body.endswith(b"\n"):
             body += b"\n"
         occurrences = _count(body, b'"%b"' % field.encode())
@@ -154,7 +166,11 @@ class Router:
         try:
             body.isascii() or body.decode()
             if occurrences:
-                groups = self._fast_by_device(body, occurrences, _decoder(field, bool(stamp.properties)), device)
+                groups = self._fast_by_device(
+                    body, occurrences, _decoder(field, bool(stamp.properties)), device, allows
+                )
+            elif device is not None and allows is not None and not allows(device):
+                raise _NotSure
             else:
                 groups = self._fast_path_device(body, _decoder("", bool(stamp.properties)), device)
                 closing = b"," + stamp.device + stamp.bare
@@ -177,11 +193,13 @@ class Router:
         return Routed(tuple(cut), count)
 
     def _fast_by_device(
-        self, body: bytes, count: int, decoder: msgspec.json.Decoder[Any], device: str | None
+        self, body: bytes, count: int, decoder: msgspec.json.Decoder[Any], device: str | None, allows: Allows | None
     ) -> Iterable[tuple[int, list[bytes]]]:
         """The lines without their closing, by partition; of some partitions there may be none."""
         events = decoder.decode_lines(body)
         if len(events) != count or (device is not None and {event.device for event in events} != {device}):
+            raise _NotSure
+        if allows is not None and not all(map(allows, set(map(_DEVICE_OF, events)))):
             raise _NotSure
         every = self._partition_of.partitions
         groups: list[list[bytes]] | defaultdict[int, list[bytes]]
@@ -222,10 +240,10 @@ class Router:
         cut.append(Group(partition, len(pieces) - begin, closing.join(pieces[begin:]) + closing))
         return tuple(cut)
 
-    def _slow(self, body: bytes, stamp: Stamp, field: str, device: str | None) -> Routed:
+    def _slow(self, body: bytes, stamp: Stamp, field: str, device: str | None, allows: Allows | None = None) -> Routed:
         rejected: list[Rejected] = []
         groups: defaultdict[int, list[bytes]] = defaultdict(list)
-        judge = _Judge(field, device, self._event_bytes_max, bool(stamp.properties))
+        judge = _Judge(field, device, self._event_bytes_max, bool(stamp.properties), allows)
         index = -1
         for index, line in enumerate(_lines(body)):
             if index >= self.events_max:
@@ -286,10 +304,13 @@ class _Reject(Exception):
 class _Judge:
     """Looks at one line and returns its device, None when it names none and need not, or raises _Reject."""
 
-    def __init__(self, field: str, device: str | None, event_bytes_max: int, has_properties: bool) -> None:
+    def __init__(
+        self, field: str, device: str | None, event_bytes_max: int, has_properties: bool, allows: Allows | None
+    ) -> None:
         self._field = field
         self._quoted = b'"%b"' % field.encode()
         self._device = device
+        self._allows = allows
         self._event_bytes_max = event_bytes_max
         self._reserved = (RESERVED, PROPERTIES) if has_properties else (RESERVED,)
 
@@ -312,7 +333,10 @@ class _Judge:
         for name in self._reserved:
             if name in fields:
                 raise _Reject("reserved_field", f"The field {name!r} is the server's; rename it.")
-        return self._find_device(line, fields)
+        device = self._find_device(line, fields)
+        if self._allows is not None and not self._allows(device or self._device or ""):
+            raise _Reject("forbidden_device", "The key is not for this device.")
+        return device
 
     def _find_device(self, line: bytes, fields: dict[str, msgspec.Raw]) -> str | None:
         raw = fields.get(self._field)
