@@ -79,7 +79,7 @@ class System:
         self._log = (self._folder / "up.log").open("wb")
         listen = ("--listen", f"127.0.0.1:{self.port}", "--admin", f"127.0.0.1:{self._admin}")
         self._process = subprocess.Popen(
-            [*self.words("up"), *listen, *self._options],
+            [*self.words("up"), *listen, "--anonymous", *self._options],
             cwd=self._folder,
             env=environment(),
             stdin=subprocess.DEVNULL,

@@ -65,10 +65,11 @@ def test_a_flag_without_value() -> None:
         ("lease", "nan", "duration"),
         ("hub-bytes-max", "1MiB", "between 16MiB and 16TiB"),
         ("hub-bytes-max", "64 GiB", "size"),
-        ("listen", "0.0.0.0:8480", "they come in a later version"),
-        ("listen", "192.168.1.7:8480", "they come in a later version"),
-        ("listen", "example.org:8480", "they come in a later version"),
-        ("listen", "[::]:8480", "they come in a later version"),
+        ("listen", "example.org:8480", "must be an IP address"),
+        ("listen", "256.0.0.1:8480", "must be an IP address"),
+        ("admin", "0.0.0.0:8480", "loopback addresses only"),
+        ("admin", "192.168.1.7:8480", "loopback addresses only"),
+        ("admin", "[::]:8480", "loopback addresses only"),
         ("listen", "127.0.0.1", "HOST:PORT"),
         ("listen", "127.0.0.1:70000", "HOST:PORT"),
         ("archive", "off", "one of on, none"),
@@ -119,3 +120,6 @@ def test_texts_of_people() -> None:
     ]
     assert parse(Kind.ADDRESS, "localhost:80") == Address("127.0.0.1", 80)
     assert str(parse(Kind.ADDRESS, "[::1]:0")) == "[::1]:0"
+    hosts = ("127.0.0.2", "[::1]", "0.0.0.0", "[::]", "192.168.1.7")
+    addresses = [parse(Kind.ADDRESS, f"{host}:8480") for host in hosts]
+    assert [isinstance(one, Address) and one.loopback for one in addresses] == [True, True, False, False, False]

@@ -35,7 +35,7 @@ class ConnectionString(NamedTuple):
 
 
 class Access:
-    """An API's address and what opens it. Thread-safe. `where` names it to people, without any secret.
+    """An API's address and what opens it. Thread-safe. `where` is the address without a path, and names it to people.
 
     `ca` is a file of certificates that the server's is checked against, instead of the system's; `certificate` and `certificate_key`
     are shown to servers that ask for one. `pinned` is the server's very own certificate, whatever name that has. Raises SettingsError.
@@ -53,9 +53,9 @@ class Access:
         clock: Clock | None = None,
     ) -> None:
         self._signing = connection_string(url) if is_connection_string(url) else None
-        parts = split(self._signing.url if self._signing else url)
-        self.where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-        self.host, self.port = parts.hostname or "", parts.port
+        parts = address(url)
+        self.where = f"{parts.scheme}://{parts.netloc}"
+        self._host, self._port = parts.hostname or "", parts.port
         self.base = parts.path.rstrip("/")
         self._bearer = "" if self._signing else _checked(key)
         self._clock: Clock = clock or SystemClock()
@@ -102,8 +102,8 @@ class Access:
     def connection(self, *, timeout_s: float) -> http.client.HTTPConnection:
         """A connection that opens when it is used."""
         if self._tls is None:
-            return http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
-        return http.client.HTTPSConnection(self.host, self.port, timeout=timeout_s, context=self._tls)
+            return http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
+        return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_s, context=self._tls)
 
 
 def opened(api: str | Access) -> Access:
@@ -132,14 +132,16 @@ def connection_string(text: str) -> ConnectionString:
     return ConnectionString(f"{scheme}://{rest}", fields["sharedaccesskeyname"], fields["sharedaccesskey"])
 
 
-def split(url: str) -> SplitResult:
-    """Raises SettingsError for what is no address of an API."""
+def address(url: str) -> SplitResult:
+    """Where an API is, by its address or a connection string. Raises SettingsError for what is neither."""
+    if is_connection_string(url):
+        url = connection_string(url).url
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
         raise SettingsError(f"{url} is not an address of the form http://HOST:PORT: {error}.") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or port == 0:
         raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
     return parts
 

@@ -43,6 +43,11 @@ class Address(NamedTuple):
     host: str
     port: int
 
+    @property
+    def loopback(self) -> bool:
+        """Whether only this very machine can reach it."""
+        return ipaddress.ip_address(self.host).is_loopback
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
@@ -79,17 +84,27 @@ _HOST = ("up", "host")
 _SERVE = ("up", "api", "host")
 _LOOK = ("status", "leases", "why", "audit", "verify", "flush")
 _DEAD = ("dead", "dead-fix", "dead-replay")
+_HTTP = ("send", "simulate", "status", "leases", "flush", "units", "dead-replay")
+_KEYS = ("key-create", "key-list", "key-revoke", "token")
 _K = Kind
 
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
-    Setting("data", _K.PATH, "./data", "The folder of this installation.", (*_SERVE, *_LOOK, "send", "simulate", "units", "dead-replay")),
+    Setting("data", _K.PATH, "./data", "The folder of this installation.",
+            (*_SERVE, *_LOOK, "send", "simulate", "units", "dead-replay", *_KEYS)),
     Setting("url", _K.TEXT, "http://127.0.0.1:8480",
-            "Address of the API; for `flush` and `units` of the admin port. Default: what `up` wrote down in the data folder.",
-            ("send", "simulate", "status", "leases", "flush", "units", "dead-replay")),
-    Setting("hub", _K.TEXT, "", "Address of the API whose hub is archived, `http://HOST:PORT`. Default: the hub in the data folder.",
+            "Address of the API, or a connection string; for `flush` and `units` of the admin port. Default: what `up` wrote down "
+            "in the data folder.",
+            (*_HTTP, "key-create", "token")),
+    Setting("hub", _K.TEXT, "",
+            "Address of the API whose hub is archived, `http://HOST:PORT`, or a connection string. Default: the hub in the data folder.",
             ("host",)),
-    Setting("listen", _K.ADDRESS, "127.0.0.1:8480", "Where the API listens; loopback only, port 0 is any free one.", _API),
+    Setting("key", _K.TEXT, "",
+            "The key that opens the API. Default: DATA/key, for what runs on the data folder and on loopback addresses.", (*_HTTP, "host")),
+    Setting("ca", _K.PATH, "", "Certificates (PEM) that the API's is checked against. Default: those of the system.", (*_HTTP, "host")),
+    Setting("certificate", _K.PATH, "", "The certificate (PEM) that is shown to an API that asks for one.", (*_HTTP, "host")),
+    Setting("certificate-key", _K.PATH, "", "Its private key, if it lies in another file.", (*_HTTP, "host")),
+    Setting("listen", _K.ADDRESS, "127.0.0.1:8480", "Where the API listens; port 0 is any free one.", _API),
     Setting("admin", _K.ADDRESS, "127.0.0.1:8481", "Where health, status and flush are served; loopback only.", _API),
     Setting("workers", _K.COUNT, "cores", "API worker processes.", _API, "processes", "1", "64"),
     Setting("partitions", _K.COUNT, "16", "Partitions of the hub; fixed when it is created.", _API, "", "1", "1024"),
@@ -107,7 +122,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("watch", _K.DURATION, "1s", "Look at the leases for so long, to see which of them are renewed.",
             ("leases",), "", "0s", "1h"),
     Setting("name", _K.TEXT, "", "Name of this host in the leases. Default: host name and random digits.", ("host",)),
-    Setting("anonymous", _K.FLAG, "no", "Take events without a key (there are no keys yet; loopback only).", _API),
+    Setting("anonymous", _K.FLAG, "no", "Let everyone in without a key; on loopback addresses only.", _API),
+    Setting("tls-cert", _K.PATH, "", "The API's certificate with its chain (PEM); then `--listen` speaks TLS.", _API),
+    Setting("tls-key", _K.PATH, "", "Its private key, if it lies in another file.", _API),
+    Setting("tls-client-ca", _K.PATH, "", "Certificates (PEM) that clients' are checked against; without one no client comes in.", _API),
     Setting("device-field", _K.TEXT, "deviceId", "The field of an event that names its device.",
             (*_SERVE, "send", "dead-fix", "dead-replay")),
     Setting("hub-bytes-max", _K.SIZE, "64GiB",
@@ -266,6 +284,8 @@ def _read(setting: Setting, text: str, where: str) -> Value:
             raise SettingsError(f"it must be one of {', '.join(setting.choices)}")
         if setting.name == "period" and (text_seconds(text) % 1 or DAY_S % text_seconds(text)):
             raise SettingsError("it must be whole seconds that divide 24h")
+        if setting.name == "admin" and isinstance(value, Address) and not value.loopback:
+            raise SettingsError("the admin port listens on loopback addresses only, for whoever is on this machine")
         if setting.name == "name" and not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
             raise SettingsError("a host's name is at most 64 of A-Z a-z 0-9 . _ -")
     except SettingsError as error:
@@ -325,14 +345,9 @@ def _address(text: str) -> Address:
         raise SettingsError("it must be HOST:PORT")
     host = "127.0.0.1" if match[2] == "localhost" else match[1] or match[2]
     try:
-        loopback = ipaddress.ip_address(host).is_loopback
+        return Address(str(ipaddress.ip_address(host)), int(match[3]))
     except ValueError:
-        loopback = False
-    if not loopback:
-        raise SettingsError(
-            "only loopback addresses can be listened on, because there are no keys yet: they come in a later version"
-        )
-    return Address(host, int(match[3]))
+        raise SettingsError("its host must be an IP address, 0.0.0.0 for all of this machine, or localhost") from None
 
 
 def document() -> str:

@@ -72,6 +72,11 @@ class Shell:
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
+    @property
+    def key(self) -> str:
+        """The first key's text."""
+        return (self.data / "key").read_text()
+
     def running(self) -> Run:
         (run,) = [run for run in read_runs(self.data / "run") if run.listen]
         return run

@@ -150,7 +150,7 @@ def test_a_spool_that_cannot_be_used_is_told(spool: Path) -> None:
 def test_replay_sends_until_nothing_is_rejected(shell: Any) -> None:
     shell.up()
     url = f"http://{shell.running().listen}"
-    with Client(url, spool=shell.folder / "spool") as client:
+    with Client(url, key=shell.key, spool=shell.folder / "spool") as client:
         client.send_many([b'{"deviceId":"d-1"}', *BAD])
         client.flush()
     [row] = shell.json("dead", "list")

@@ -141,7 +141,7 @@ class Process:
 class System:
     """`penstock up` on `data`. Ports are new at each start; `url` and `admin` are those of the running one.
 
-    `environment` is for all its commands, beside that of the tests.
+    `environment` is for all its commands, beside that of the tests. With `anonymous=False` it has keys, and `get` shows the first.
     """
 
     def __init__(
@@ -155,6 +155,7 @@ class System:
         options: Sequence[str] = (),
         program: Sequence[str] = ("-m", "penstock"),
         environment: Mapping[str, str] | None = None,
+        anonymous: bool = True,
     ) -> None:
         self.folder = folder
         self.environment = environment or {}
@@ -163,8 +164,10 @@ class System:
         self.program = tuple(program)
         self.options = [
             *("--period", period, "--partitions", str(partitions), "--workers", str(workers)),
+            *(("--anonymous",) if anonymous else ()),
             *options,
         ]
+        self.anonymous = anonymous
         self._processes: list[Process] = []
         self._up: Process | None = None
         self.url = self.admin = ""
@@ -172,6 +175,11 @@ class System:
     @property
     def store(self) -> Path:
         return self.data / "store"
+
+    @property
+    def key(self) -> str:
+        """The first key's text."""
+        return (self.data / "key").read_text().strip()
 
     @property
     def up(self) -> Process:
@@ -238,7 +246,8 @@ class System:
 
     def get(self, path: str, *, admin: bool = False, method: str = "GET") -> tuple[int, bytes]:
         """Status and body; status 0 when nobody answers."""
-        request = urllib.request.Request((self.admin if admin else self.url) + path, method=method)
+        headers = {} if self.anonymous else {"Authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request((self.admin if admin else self.url) + path, method=method, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 return answer.status, answer.read()

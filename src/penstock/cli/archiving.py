@@ -19,6 +19,7 @@ from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper
 from penstock.archive.ledger import claim, start
 from penstock.blobs import BlobStore
 from penstock.blobs.probe import probe
+from penstock.cli.reach import access
 from penstock.cli.wiring import Layout, open_store, part_log, reading_hub
 from penstock.clock import Clock, SystemClock
 from penstock.errors import PenstockError, SettingsError, StoreUnavailable
@@ -38,13 +39,15 @@ def host_hub(where: Layout, values: Values, url: str) -> Iterator[Hub]:
         with reading_hub(where, values) as hub:
             yield hub
         return
-    if not url.startswith(("http://", "https://")):
+    from penstock.access import is_connection_string
+
+    if not url.startswith(("http://", "https://")) and not is_connection_string(url):
         raise SettingsError(f"--hub {url}: this version knows http://HOST:PORT and https://HOST:PORT only.")
     if values.source("store") == "default":
         raise SettingsError("With --hub the store must be named: --store, the same for all hosts of this hub.")
     from penstock.hub.remote import RemoteHub  # http.client and ssl, which workers do without
 
-    with RemoteHub(url) as remote:
+    with RemoteHub(access(values, url)) as remote:
         yield remote
 
 

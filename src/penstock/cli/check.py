@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from penstock.cli.options import admin_url, as_json, console, fetch, settings, url_beats_data
+from penstock.cli.options import as_json, console, settings, url_beats_data
+from penstock.cli.reach import admin, fetch
 from penstock.errors import PenstockError
 
 if TYPE_CHECKING:
+    from penstock.access import Access
     from penstock.archive.check import Report
     from penstock.clock import Clock
     from penstock.settings import Values
@@ -92,36 +94,36 @@ def flush(values: Values, as_json: bool) -> None:
     from penstock.clock import SystemClock
 
     clock = SystemClock()
-    url = admin_url(values)
-    cut = msgspec.json.decode(fetch(f"{url}/v1/cut", method="POST"), type=_Cut)
+    api = admin(values)
+    cut = msgspec.json.decode(fetch(api, "/v1/cut", method="POST"), type=_Cut)
     goals = [int(offset) for offset in cut.next]
     began = clock.monotonic()
-    behind = _await(values, url, goals, clock, began)
+    behind = _await(values, api, goals, clock, began)
     result = Flushed(not behind, goals, behind, round(clock.monotonic() - began, 3))
     if as_json:
         click.echo(msgspec.json.encode(result))
     if behind:
-        raise PenstockError(_reason(values, url, behind, result.waited_s))
+        raise PenstockError(_reason(api, behind, result.waited_s))
     if not as_json:
         click.echo(f"Everything until now, {sum(goals):,} events, is in hour files ({result.waited_s:.1f} s).")
 
 
-def _await(values: Values, url: str, goals: list[int], clock: Clock, began: float) -> list[int]:
+def _await(values: Values, api: Access, goals: list[int], clock: Clock, began: float) -> list[int]:
     """The partitions whose checkpoint did not reach its goal in time."""
     never = threading.Event()
     while True:
-        done = _checkpoints(values, url, len(goals))
+        done = _checkpoints(values, api, len(goals))
         behind = [partition for partition, goal in enumerate(goals) if goal and (done[partition] or 0) < goal]
         if not behind or clock.monotonic() - began >= values.seconds("flush-timeout"):
             return behind
         clock.wait(never, 0.1)
 
 
-def _checkpoints(values: Values, url: str, partitions: int) -> list[int | None]:
+def _checkpoints(values: Values, api: Access, partitions: int) -> list[int | None]:
     if url_beats_data(values):
         from penstock.server.status import Status
 
-        report = msgspec.json.decode(fetch(f"{url}/v1/status"), type=Status)
+        report = msgspec.json.decode(fetch(api, "/v1/status"), type=Status)
         return [one.checkpoint for one in report.partitions]
     from penstock.archive.hours import checkpoint
     from penstock.cli import wiring
@@ -130,10 +132,10 @@ def _checkpoints(values: Values, url: str, partitions: int) -> list[int | None]:
     return [checkpoint(store, partition) for partition in range(partitions)]
 
 
-def _reason(values: Values, url: str, behind: list[int], waited_s: float) -> str:
+def _reason(api: Access, behind: list[int], waited_s: float) -> str:
     from penstock.server.status import Status
 
-    report = msgspec.json.decode(fetch(f"{url}/v1/status"), type=Status)
+    report = msgspec.json.decode(fetch(api, "/v1/status"), type=Status)
     owners = sorted({report.partitions[partition].owner or "nobody" for partition in behind})
     why = "no archiver runs" if owners == ["nobody"] else f"their leases are held by {', '.join(owners)}"
     return f"After {waited_s:.0f} s the events of partitions {behind} are not in the store: {why}."

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from penstock.cli.options import api_url, as_json, console, echo_client_log, settings
+from penstock.cli.options import as_json, console, echo_client_log, settings
+from penstock.cli.reach import api
 from penstock.errors import PenstockError, SettingsError
 
 if TYPE_CHECKING:
@@ -148,11 +149,11 @@ def replay(values: Values, ids: Sequence[str], every: bool) -> None:
     echo_client_log()
     if bool(ids) == every:
         raise SettingsError("Name the batches that are to be sent again, or say --all. Nothing was sent.")
-    url, device_field, timeout_s = api_url(values), values.text("device-field"), values.seconds("dead-timeout")
+    to, device_field, timeout_s = api(values), values.text("device-field"), values.seconds("dead-timeout")
     spool = Path(values.text("spool"))
 
     def open_client() -> Client:
-        return Client(url, spool=spool, device_field=device_field)
+        return Client(to, spool=spool, device_field=device_field)
 
     with _letters(values) as letters, letters.held():
         chosen = letters.all() if every else list({one.id: one for one in map(letters.find, ids)}.values())

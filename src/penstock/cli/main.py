@@ -15,6 +15,7 @@ from penstock import __version__
 from penstock.cli.check import audit, flush, verify
 from penstock.cli.dead import dead
 from penstock.cli.dump import dump
+from penstock.cli.keys import key, token
 from penstock.cli.leases import leases
 from penstock.cli.send import send
 from penstock.cli.show import status
@@ -31,7 +32,24 @@ def penstock() -> None:
     """Takes in the events of very many devices and leaves them as a few large files that are easy to query."""
 
 
-for command in (up, api, host, send, simulate, status, leases, why, units, audit, verify, flush, dump, dead):
+for command in (
+    up,
+    api,
+    host,
+    send,
+    simulate,
+    status,
+    leases,
+    why,
+    units,
+    audit,
+    verify,
+    flush,
+    dump,
+    dead,
+    key,
+    token,
+):
     penstock.add_command(command)
 
 

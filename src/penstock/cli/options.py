@@ -1,4 +1,4 @@
-"""Click options made from the settings, and how a command finds the installation that it is about."""
+"""Click options made from the settings, and what all commands print with. How one reaches an API is in reach.py."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from penstock.errors import PenstockError, SettingsError
 from penstock.settings import Kind, Setting, Values, load, of_command
 
 if TYPE_CHECKING:
@@ -61,65 +60,11 @@ def url_beats_data(values: Values) -> bool:
     return _RANK[values.source("url")] > _RANK[values.source("data")]
 
 
-def api_url(values: Values) -> str:
-    """Where to send: what was asked for, or what runs on the data folder, or the usual address."""
-    if not url_beats_data(values):
-        address = _running(values, "listen")
-        if address:
-            return f"http://{address}"
-        if values.source("data") != "default":
-            raise SettingsError(f"No API runs on {values.text('data')}: start `penstock up`, or name it with --url.")
-    return values.text("url").rstrip("/")
-
-
-def admin_url(values: Values) -> str:
-    """Where the admin port of what runs on the data folder is, or what `--url` says."""
-    if url_beats_data(values):
-        return values.text("url").rstrip("/")
-    address = _running(values, "admin")
-    if not address:
-        raise SettingsError(f"Nothing runs on {values.text('data')}: start `penstock up`, or name it with --url.")
-    return f"http://{address}"
-
-
-def _running(values: Values, which: str) -> str:
-    from penstock.server.parts import read_runs
-
-    found = [getattr(run, which) for run in read_runs(Path(values.text("data")) / "run")]
-    return next((address for address in found if address), "")
-
-
 def console() -> Console:
     """For people. Where no terminal tells its width, tables get what they need."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 400)
-
-
-def fetch(url: str, *, method: str = "GET", body: bytes = b"") -> bytes:
-    """The body of a 200. Raises PenstockError with a sentence for anything else."""
-    return fetch_all(url, method=method, body=body)[0]
-
-
-def fetch_all(url: str, *, method: str = "GET", body: bytes = b"") -> tuple[bytes, Mapping[str, str]]:
-    """The same with the headers of the answer."""
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    if not url.startswith(("http://", "https://")):
-        raise SettingsError(f"{url} is not an address of the form http://HOST:PORT.")
-    try:
-        request = urllib.request.Request(url, method=method, data=body if method in ("POST", "PUT") else None)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.read(), answer.headers
-    except urllib.error.HTTPError as error:
-        with error:
-            raise PenstockError(f"{url} answers {error.code}: {error.read(500).decode(errors='replace')}") from error
-    except (ValueError, http.client.InvalidURL) as error:
-        raise SettingsError(f"{url} is not an address of the form http://HOST:PORT: {error}.") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise PenstockError(f"{url} gives no answer: {getattr(error, 'reason', error)}.") from error
 
 
 class _Echo(logging.Handler):

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from penstock.cli.options import fetch, fetch_all
+from penstock.cli.reach import fetch, fetch_all
 from penstock.errors import PenstockError
 
 if TYPE_CHECKING:
+    from penstock.access import Access
     from penstock.client.gateway import Account, Tally
     from penstock.settings import Values
 
@@ -45,20 +46,20 @@ class _Producer(msgspec.Struct):
     sequence: int
 
 
-def ends(url: str) -> Hub:
+def ends(api: Access) -> Hub:
     """Where the partitions end now."""
-    return _decoded(f"{url}/v1/partitions", Hub)
+    return _decoded(api, "/v1/partitions", Hub)
 
 
-def recount(url: str, before: Hub, begins: bytes, tallies: Sequence[Tally], values: Values) -> Recount:
+def recount(api: Access, before: Hub, begins: bytes, tallies: Sequence[Tally], values: Values) -> Recount:
     """Compare what was answered with what the hub has of the events that begin so and came after `before`."""
     result = Recount([])
     try:
-        found = _read_back(url, before, begins)
+        found = _read_back(api, before, begins)
         result.found = sum(count for count, _ in found.devices.values())
         result.problems += _differences(tallies, found)
         for tally in tallies:
-            result.problems += _numbers(url, tally)
+            result.problems += _numbers(api, tally)
         result.audited, problems = _audit(before.hub, values)
         result.problems += problems
     except PenstockError as error:
@@ -66,17 +67,17 @@ def recount(url: str, before: Hub, begins: bytes, tallies: Sequence[Tally], valu
     return result
 
 
-def _read_back(url: str, before: Hub, begins: bytes) -> Account:
+def _read_back(api: Access, before: Hub, begins: bytes) -> Account:
     """What lies in the hub of this run, between the ends that it had before and now."""
     from penstock.client.gateway import Account
 
-    found, after = Account(), ends(url)
+    found, after = Account(), ends(api)
     for partition, (first, last) in enumerate(zip(before.partitions, after.partitions, strict=True)):
         at = first.next
         while at < last.next:
-            page, headers = fetch_all(f"{url}/v1/partitions/{partition}/events?from={at}&limit={_PAGE_EVENTS}")
+            page, headers = fetch_all(api, f"/v1/partitions/{partition}/events?from={at}&limit={_PAGE_EVENTS}")
             found.add([line[:-_STAMP_BYTES] for line in page.split(b"\n") if line.startswith(begins)])
-            following = int(headers.get("Penstock-Next-Offset", "0"))
+            following = int(headers.get("penstock-next-offset", "0"))
             if following <= at:
                 raise PenstockError(f"partition {partition} cannot be read beyond {at}, and ends at {last.next}")
             at = following
@@ -110,11 +111,11 @@ def _differences(tallies: Sequence[Tally], found: Account) -> list[str]:
     ]
 
 
-def _numbers(url: str, tally: Tally) -> list[str]:
+def _numbers(api: Access, tally: Tally) -> list[str]:
     if not tally.stored or tally.unsettled:
         return []
     try:
-        known = _decoded(f"{url}/v1/producers/{tally.producer}", _Producer)
+        known = _decoded(api, f"/v1/producers/{tally.producer}", _Producer)
     except PenstockError as error:
         return [error.detail]
     if known.sequence == tally.stored:
@@ -122,11 +123,11 @@ def _numbers(url: str, tally: Tally) -> list[str]:
     return [f"{tally.producer}: the hub's last batch is {known.sequence}, the last that it accepted {tally.stored}"]
 
 
-def _decoded(url: str, kind: type[Decoded]) -> Decoded:
+def _decoded(api: Access, path: str, kind: type[Decoded]) -> Decoded:
     try:
-        return msgspec.json.decode(fetch(url), type=kind)
+        return msgspec.json.decode(fetch(api, path), type=kind)
     except msgspec.MsgspecError as error:
-        raise PenstockError(f"{url} does not answer as Penstock does: {error}.") from error
+        raise PenstockError(f"{api.where}{path} does not answer as Penstock does: {error}.") from error
 
 
 def _audit(hub_id: str, values: Values) -> tuple[bool, list[str]]:

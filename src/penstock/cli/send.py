@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from penstock.cli.options import api_url, echo_client_log, settings
+from penstock.cli.options import echo_client_log, settings
+from penstock.cli.reach import api
 from penstock.errors import PenstockError, SettingsError, SpoolError
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ def send(values: Values, files: Sequence[str]) -> None:
     if not is_field(field):
         raise SettingsError(f"--device-field {field!r} cannot name a field. Nothing was sent.")
     given = _resolved(files)
-    url, clock = api_url(values), SystemClock()
+    to, clock = api(values), SystemClock()
     echo_client_log()
     began = clock.monotonic()
     try:
         feed = Feed(
             folder,
-            lambda: HttpTransport(url, timeout_s=ANSWER_TIMEOUT_S),
+            lambda: HttpTransport(to, timeout_s=ANSWER_TIMEOUT_S),
             lanes=values.count("lanes"),
             device_field=field,
             batch_events=values.count("batch"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from penstock.cli.options import api_url, as_json, console, fetch, settings, url_beats_data
+from penstock.cli.options import as_json, console, settings, url_beats_data
+from penstock.cli.reach import api, fetch
 from penstock.cli.units import in_force
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def read_status(values: Values) -> Status:
     from penstock.server.status import Status, build_status
 
     if url_beats_data(values):
-        return msgspec.json.decode(fetch(f"{api_url(values)}/v1/status"), type=Status)
+        return msgspec.json.decode(fetch(api(values), "/v1/status"), type=Status)
     from penstock.cli import wiring
     from penstock.clock import SystemClock
     from penstock.server.units import observe

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from penstock.cli.options import api_url, as_json, console, settings
+from penstock.cli.options import as_json, console, settings
+from penstock.cli.reach import api
 from penstock.cli.recount import Recount, ends, recount
 
 if TYPE_CHECKING:
+    from penstock.access import Access
     from penstock.client.fleet import Fleet
     from penstock.client.gateway import Gateway, Tally
     from penstock.settings import Values
@@ -71,8 +73,8 @@ def simulate(values: Values, as_json: bool) -> None:
     from penstock.client.simulate import Schedule
     from penstock.clock import SystemClock
 
-    url, clock, name = api_url(values), SystemClock(), secrets.token_hex(4)
-    before = ends(url)
+    to, clock, name = api(values), SystemClock(), secrets.token_hex(4)
+    before = ends(to)
     count = min(values.count("gateways"), values.count("devices"))
     seconds, stop = values.seconds("seconds"), threading.Event()
     fleet = Fleet(
@@ -84,7 +86,7 @@ def simulate(values: Values, as_json: bool) -> None:
         seed=values.count("seed"),
         began_ms=clock.now_ms(),
     )
-    gateways = [_gateway(url, f"sim-{name}-{number}", values, stop) for number in range(count)]
+    gateways = [_gateway(to, f"sim-{name}-{number}", values, stop) for number in range(count)]
     tallies = [gateway.tally for gateway in gateways]
     with _ctrl_c() as ended, _progress(tallies, seconds) as moved:
         schedule = Schedule(
@@ -92,14 +94,14 @@ def simulate(values: Values, as_json: bool) -> None:
         )
         took_s = schedule.run(seconds, moved)
         early = ended.is_set()
-    counted = recount(url, before, b'{"deviceId":"sim-%b-' % name.encode(), tallies, values)
+    counted = recount(to, before, b'{"deviceId":"sim-%b-' % name.encode(), tallies, values)
     report = _report(fleet, tallies, counted, took_s, seconds, values.count("seed"))
     _print(report, early, as_json)
     if not report.ok:
         raise click.exceptions.Exit(1)
 
 
-def _gateway(url: str, producer: str, values: Values, stop: threading.Event) -> Gateway:
+def _gateway(to: Access, producer: str, values: Values, stop: threading.Event) -> Gateway:
     from penstock.client.gateway import Gateway
     from penstock.client.misconduct import HttpMisconduct
     from penstock.client.transport import HttpTransport
@@ -108,8 +110,8 @@ def _gateway(url: str, producer: str, values: Values, stop: threading.Event) -> 
     clock, timeout_s = SystemClock(), values.seconds("answer-timeout")
     return Gateway(
         producer,
-        HttpTransport(url, timeout_s=timeout_s),
-        misconduct=HttpMisconduct(url, timeout_s=timeout_s, clock=clock) if values.flag("faults") else None,
+        HttpTransport(to, timeout_s=timeout_s),
+        misconduct=HttpMisconduct(to, timeout_s=timeout_s, clock=clock) if values.flag("faults") else None,
         chance=random.Random(f"{values.count('seed')} {producer.rpartition('-')[2]}"),
         clock=clock,
         stop=stop,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from penstock.cli.options import admin_url, as_json, fetch, settings
+from penstock.cli.options import as_json, settings
+from penstock.cli.reach import admin, fetch
 from penstock.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ def units(values: Values, number: str | None, as_json: bool) -> None:
         wanted = None if number is None else parse(Kind.COUNT, number)
     except SettingsError:
         raise SettingsError(f"{number} is not a number of throughput units: a whole number, or `none`.") from None
-    url = f"{admin_url(values)}/v1/throughput-units"
+    api, path = admin(values), "/v1/throughput-units"
     if number is None:
-        answer = fetch(url)
+        answer = fetch(api, path)
     else:
-        answer = fetch(url, method="PUT", body=msgspec.json.encode({"throughput_units": wanted}))
+        answer = fetch(api, path, method="PUT", body=msgspec.json.encode({"throughput_units": wanted}))
     if as_json:
         click.echo(answer)
     else:

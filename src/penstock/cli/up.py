@@ -60,13 +60,15 @@ def host(values: Values) -> None:
 
 
 def _serve(values: Values, *, whole: bool) -> None:
-    from penstock.cli import archiving, wiring
+    from penstock.cli import archiving, security, wiring
     from penstock.cli.supervisor import Part, Supervisor, shared_slots
     from penstock.clock import SystemClock
     from penstock.files import Files
     from penstock.server.parts import Retention, Run, remove_dead, remove_run, write_run
 
     where, files = wiring.layout(values), Files()
+    log = wiring.part_log("up" if whole else "api", values)
+    security.check(values, log)
     # A lock that is there is asked before the addresses: "already runs" says more than "address in use".
     held = _hold(where, files) if whole and where.lock.exists() else None
     with contextlib.ExitStack() as closing:
@@ -78,8 +80,8 @@ def _serve(values: Values, *, whole: bool) -> None:
         if whole and held is None:
             held = _hold(where, files)
         wiring.prepare(where, values)
+        security.make_first_key(values, where.data, SystemClock())
         remove_dead(where.run, files)
-        log = wiring.part_log("up" if whole else "api", values)
 
         def worker(index: int, slot: memoryview) -> Part:
             name = wiring.worker_name(index)
@@ -97,7 +99,8 @@ def _serve(values: Values, *, whole: bool) -> None:
 
         def record(running: Sequence[PartState]) -> None:
             try:
-                write_run(where.run, files, Run(pid, str(listen), str(admin), running, retention))
+                certificate = security.certificate(values)
+                write_run(where.run, files, Run(pid, str(listen), str(admin), running, retention, certificate))
             except OSError as error:  # a full disk must not end the supervisor
                 log.warning("The list of parts cannot be written.", detail=str(error))
 
@@ -146,14 +149,14 @@ def _answers(address: Address) -> bool:
 
 
 def _announcement(values: Values, where: Layout, listen: Address, admin: Address) -> str:
-    body = '{"deviceId":"d-1","temperature":21.4}'
+    from penstock.cli.security import advice
+
+    scheme = "https" if values.text("tls-cert") else "http"
     period = f"hour files in {where.store_name}, a new one every {values.seconds('period'):.0f} s"
     archive = "no archive" if values.text("archive") == "none" else period
     return (
-        f"Penstock takes events on http://{listen}, admin on http://{admin}; "
+        f"Penstock takes events on {scheme}://{listen}, admin on http://{admin}; "
         f"{values.count('partitions')} partitions, {archive}.\n"
-        "There are no keys yet: whoever is on this machine may send, and nobody else can.\n"
-        "Try:\n"
-        f"  curl http://{listen}/v1/events -H 'Content-Type: application/x-ndjson' -d '{body}'\n"
+        f"{advice(values, where.data, listen)}\n"
         "Ctrl-C stops everything."
     )

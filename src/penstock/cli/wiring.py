@@ -20,6 +20,7 @@ from penstock.blobs import BlobStore
 from penstock.blobs.connection import connect, is_url, parse_url
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
+from penstock.cli.security import certificates, make_guard
 from penstock.cli.supervisor import EXIT_HUB_BROKEN
 from penstock.clock import Clock, SystemClock, timestamp
 from penstock.errors import NotFound, SettingsError, StorageFull
@@ -230,6 +231,7 @@ def run_api(
             clock=clock,
             log=log,
             core=_core(number, values.count("workers")),
+            certificates=certificates(values, log),
         )
         keeper = threading.Thread(target=housekeeping.run, args=(stop, lambda _error: end()), name="housekeeping")
         keeper.start()
@@ -304,6 +306,7 @@ def _app(
         close=ingest.close,
         log=log,
         units=units.Units(where.data, where.run, Files(), shared, buckets, clock),
+        guard=make_guard(values, where.data, clock, log),
     )
 
 

@@ -37,6 +37,7 @@ from penstock.server.pages import pages
 from penstock.server.parser import Limits
 from penstock.server.problems import problem, unexpected
 from penstock.server.read import Names, Reads, json
+from penstock.server.tls import Certificates
 from penstock.telemetry.log import Log
 
 _READERS = 2
@@ -226,7 +227,10 @@ def _in_thread(readers: ThreadPoolExecutor, log: Log, work: Blocking) -> Action:
 
 
 class Service(NamedTuple):
-    """How a worker serves: sockets that listen already, how long it may take to stop, and the processor that it has to itself, if any."""
+    """How a worker serves: sockets that listen already, how long it may take to stop, and the processor that it has to itself, if any.
+
+    `certificates`: the listener for everyone speaks TLS; the admin listener never does.
+    """
 
     listen: Sequence[socket.socket]
     admin: Sequence[socket.socket]
@@ -235,6 +239,7 @@ class Service(NamedTuple):
     clock: Clock
     log: Log
     core: int | None = None
+    certificates: Certificates | None = None
 
 
 def run_worker(service: Service, build: Callable[[], App], *, ready: Callable[[], None]) -> None:
@@ -277,7 +282,10 @@ async def serve(service: Service, app: App, *, ready: Callable[[], None], stop: 
     """Serve until `stop` is set; returns when every connection has had its answer or `drain_timeout_s` have passed."""
     log = service.log
     limits = service.limits._replace(connections_max=min(service.limits.connections_max, _connections_max()))
-    servers = [Server(handler, limits=limits, clock=service.clock, log=log) for handler in (app.listen, app.admin)]
+    servers = [
+        Server(handler, limits=limits, clock=service.clock, log=log, certificates=certificates)
+        for handler, certificates in ((app.listen, service.certificates), (app.admin, None))
+    ]
     try:
         for server, sockets in zip(servers, (service.listen, service.admin), strict=True):
             await server.start(sockets)

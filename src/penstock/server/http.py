@@ -73,7 +73,8 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """A client that ends its side still gets the answers to what arrived whole; half a request is dropped."""
         self._ended = True
-        return not self._closing and (self._current is not None or self._blocked)
+        half_open = self._transport is not None and self._transport.can_write_eof()  # TLS closes both ways at once
+        return half_open and not self._closing and (self._current is not None or self._blocked)
 
     def pause_writing(self) -> None:
         self._blocked = True
@@ -189,7 +190,8 @@ class Connection(asyncio.Protocol):
         if self._ended:
             transport.close()
             return
-        transport.write_eof()
+        if transport.can_write_eof():  # through TLS the client learns from `Connection: close` that nothing follows
+            transport.write_eof()
         if self._paused:
             transport.resume_reading()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import socket
+import ssl
 from collections.abc import Sequence
 from email.utils import formatdate
+from typing import TypedDict
 
 from penstock.clock import Clock
 from penstock.errors import PenstockError
@@ -14,16 +17,26 @@ from penstock.server.http import Connection
 from penstock.server.message import Handler
 from penstock.server.parser import Limits
 from penstock.server.problems import unexpected
+from penstock.server.tls import Certificates
 from penstock.telemetry.log import Log
 
 _BACKLOG = 4096
 
 
+class _Tls(TypedDict, total=False):
+    ssl: ssl.SSLContext
+    ssl_handshake_timeout: float
+    ssl_shutdown_timeout: float
+
+
 class Server:
     """Serves one handler on sockets that listen already. Lives on one event loop."""
 
-    def __init__(self, handler: Handler, *, limits: Limits, clock: Clock, log: Log) -> None:
+    def __init__(
+        self, handler: Handler, *, limits: Limits, clock: Clock, log: Log, certificates: Certificates | None = None
+    ) -> None:
         self.handler = handler
+        self._certificates = certificates
         self.limits = limits
         self.connections: set[Connection] = set()
         self.draining = False
@@ -42,7 +55,8 @@ class Server:
             # The copy outlives the listener, so that what the kernel has queued can still be accepted when that closes.
             copy = listening.dup()
             factory = functools.partial(Connection, self)
-            self._listeners.append((await loop.create_server(factory, sock=listening, backlog=_BACKLOG), copy))
+            listener = await loop.create_server(factory, sock=listening, backlog=_BACKLOG, **self._tls())
+            self._listeners.append((listener, copy))
 
     async def drain(self, timeout_s: float) -> None:
         """Stop accepting, answer what is under way, close the rest; after `timeout_s` close that too."""
@@ -75,13 +89,23 @@ class Server:
     async def _accept_queued(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         listening.setblocking(False)
-        with listening:
+        taken = []
+        with listening, contextlib.suppress(OSError):  # none left, or no file descriptor to take it
             while True:
-                try:
-                    accepted, _ = listening.accept()
-                except OSError:  # none left, or no file descriptor to take it
-                    return
-                await loop.connect_accepted_socket(functools.partial(Connection, self), accepted)
+                accepted, _ = listening.accept()
+                taken.append(loop.connect_accepted_socket(functools.partial(Connection, self), accepted, **self._tls()))
+        with contextlib.suppress(TimeoutError):  # of a client that is slow to shake hands
+            await asyncio.wait_for(asyncio.gather(*taken, return_exceptions=True), self.limits.grace_s)
+
+    def _tls(self) -> _Tls:
+        """What the loop's calls are told of TLS. A connection is known here, and counted, when its handshake is done."""
+        if self._certificates is None:
+            return {}
+        return {
+            "ssl": self._certificates.context,
+            "ssl_handshake_timeout": self.limits.header_s,
+            "ssl_shutdown_timeout": self.limits.linger_s,
+        }
 
     async def _wait_empty(self, timeout_s: float) -> None:
         if self.connections:
@@ -93,6 +117,8 @@ class Server:
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         self.now = loop.time()
         self.date = formatdate(self._clock.now_ms() / 1000, usegmt=True).encode()
+        if self._certificates is not None:
+            self._certificates.renew()
         for connection in tuple(self.connections):
             connection.check(self.now)
         self._sweeper = loop.call_later(self.limits.sweep_s, self._sweep, loop)

@@ -29,7 +29,8 @@ class Retention(msgspec.Struct, frozen=True):
 class Run(msgspec.Struct, frozen=True):
     """What one supervisor (or one `penstock host`) runs. Addresses are `host:port`, empty when it has none.
 
-    `retention` is that of its API workers; None when it has none.
+    `certificate` is the file that `listen` shows, by its whole path; empty without TLS. `retention` is that of its API workers; None when
+    it has none.
     """
 
     pid: int
@@ -37,6 +38,7 @@ class Run(msgspec.Struct, frozen=True):
     admin: str
     parts: Sequence[PartState]
     retention: Retention | None = None
+    certificate: str = ""
 
 
 def write_run(folder: Path, files: Files, run: Run) -> None:
