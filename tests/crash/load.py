@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from tests.e2e.oracle import Batch
@@ -20,7 +20,9 @@ PACE_S = 0.01  # between two batches of a lane: enough to keep commits going, no
 class Lane(threading.Thread):
     """One producer with devices of its own; one batch in flight. Without `numbered` the hub cannot recognise a copy."""
 
-    def __init__(self, name: str, url: Callable[[], str], seed: int, *, numbered: bool = True) -> None:
+    def __init__(
+        self, name: str, url: Callable[[], str], seed: int, *, numbered: bool = True, headers: Mapping[str, str]
+    ) -> None:
         super().__init__(name=name, daemon=True)
         self.batches: list[Batch] = []
         self.confirmed = 0
@@ -31,6 +33,7 @@ class Lane(threading.Thread):
         self._url = url
         self._random = random.Random(f"{seed} {name}")
         self._numbered = numbered
+        self._headers = headers
         self._events = itertools.count()
         self._ending = threading.Event()
         self._abandon = threading.Event()
@@ -62,7 +65,7 @@ class Lane(threading.Thread):
 
     def _until_answered(self, batch: Batch) -> None:
         body = b"\n".join(batch.lines) + b"\n"
-        headers = {"Content-Type": "application/x-ndjson"}
+        headers = {"Content-Type": "application/x-ndjson", **self._headers}
         if self._numbered:
             # `after` is the number before: this lane has nothing else in flight.
             sequence = len(self.batches)
@@ -109,10 +112,21 @@ class Lane(threading.Thread):
 
 
 class Load:
-    """Several lanes at once. `url` is asked at each connection: a system that is started again has other ports."""
+    """Several lanes at once. `url` is asked at each connection: a system that is started again has other ports.
 
-    def __init__(self, url: Callable[[], str], *, lanes: int = 6, seed: int, numbered: bool = True) -> None:
-        self.lanes = [Lane(f"lane{i}", url, seed, numbered=numbered) for i in range(lanes)]
+    `headers`: what opens the system, if it has keys.
+    """
+
+    def __init__(
+        self,
+        url: Callable[[], str],
+        *,
+        lanes: int = 6,
+        seed: int,
+        numbered: bool = True,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.lanes = [Lane(f"lane{i}", url, seed, numbered=numbered, headers=headers or {}) for i in range(lanes)]
 
     def start(self) -> Load:
         for lane in self.lanes:

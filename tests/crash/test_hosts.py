@@ -116,8 +116,9 @@ def test_hosts_are_killed_frozen_and_cut_off(
         workers=1,
         options=("--archive", "none"),
         environment={**azurite.environment, "PENSTOCK_STORE": url},
+        anonymous=False,
     ).start()
-    load = Load(lambda: system.url, lanes=3, seed=SEED).start()
+    load = Load(lambda: system.url, lanes=3, seed=SEED, headers=system.headers).start()
     fleet = Fleet(system, azurite, url, proxy, chosen)
     tick = threading.Event()
     faulty = random.Random(SEED + 1)

@@ -165,8 +165,8 @@ def _host(system: System, name: str) -> Process:
 
 
 def test_two_hosts_share_and_one_goes_on_alone(make_system: Make) -> None:
-    system = make_system(period="1s", partitions=PARTITIONS, options=("--archive", "none")).start()
-    load = Load(lambda: system.url, seed=SEED).start()
+    system = make_system(period="1s", partitions=PARTITIONS, options=("--archive", "none"), anonymous=False).start()
+    load = Load(lambda: system.url, seed=SEED, headers=system.headers).start()
     one = _host(system, "one")
     wait_for("one has all", lambda: _shared(system, "one"))
     two = _host(system, "two")

@@ -178,8 +178,13 @@ class System:
 
     @property
     def key(self) -> str:
-        """The first key's text."""
-        return (self.data / "key").read_text().strip()
+        """The first key's text, empty without keys."""
+        return "" if self.anonymous else (self.data / "key").read_text().strip()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What opens it."""
+        return {} if self.anonymous else {"Authorization": f"Bearer {self.key}"}
 
     @property
     def up(self) -> Process:
@@ -198,12 +203,12 @@ class System:
         self._processes.append(started)
         return started
 
-    def start(self, *, ready: bool = True) -> System:
-        """`ready`: until it takes events; a hub that is full is never ready, but answers."""
+    def start(self, *, ready: bool = True, admin: bool = False) -> System:
+        """`ready`: until it takes events; a hub that is full is never ready, but answers. `admin`: asked there, where no TLS is."""
         self._up = self.process(*self.up_arguments(), program=self.program)
         wait_for("the addresses are known", lambda: self._addresses(), DEADLINE_S)
         path = "/health/ready" if ready else "/health/live"
-        wait_for(f"{path} is 200", lambda: self.up.ended or self.get(path)[0] == 200)
+        wait_for(f"{path} is 200", lambda: self.up.ended or self.get(path, admin=admin)[0] == 200)
         assert not self.up.ended, self.up.text()
         return self
 
@@ -246,8 +251,8 @@ class System:
 
     def get(self, path: str, *, admin: bool = False, method: str = "GET") -> tuple[int, bytes]:
         """Status and body; status 0 when nobody answers."""
-        headers = {} if self.anonymous else {"Authorization": f"Bearer {self.key}"}
-        request = urllib.request.Request((self.admin if admin else self.url) + path, method=method, headers=headers)
+        url = (self.admin if admin else self.url) + path
+        request = urllib.request.Request(url, method=method, headers=self.headers)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 return answer.status, answer.read()

@@ -65,13 +65,18 @@ class Hosts:
 
     def start(self, name: str) -> Process:
         words = (self.system.url, str(self.leases), name, str(self._sink), *self._modes)
-        return self.system.process(*words, program=("-c", HOST), log=f"host-{name}.log")
+        key = {"PENSTOCK_KEY": self.system.key}
+        return self.system.process(*words, program=("-c", HOST), log=f"host-{name}.log", environment=key)
 
     def send(self, batches: int) -> None:
         for _ in range(batches):
             lines = [b'{"deviceId":"d-%d","n":%d}\n' % (n % 20, n) for n in range(self._sent, self._sent + 40)]
             answer = request(
-                self.system.url, "POST", "/v1/events", b"".join(lines), {"Content-Type": "application/x-ndjson"}
+                self.system.url,
+                "POST",
+                "/v1/events",
+                b"".join(lines),
+                {"Content-Type": "application/x-ndjson", **self.system.headers},
             )
             assert answer.status == 200
             self._sent += 40
@@ -124,7 +129,7 @@ def kill_with_work_undone(hosts: Hosts, victim: Process, name: str) -> None:
 
 @pytest.mark.parametrize("modes", [(), ("forgetful",)], ids=["sink that remembers", "control: sink that forgets"])
 def test_a_host_is_killed_and_another_goes_on(make_system: Make, modes: tuple[str, ...]) -> None:
-    system = make_system(partitions=PARTITIONS).start()
+    system = make_system(partitions=PARTITIONS, anonymous=False).start()
     hosts = Hosts(system, *modes)
     first = hosts.start("a")
     hosts.start("b")
@@ -145,10 +150,15 @@ def test_a_host_is_killed_and_another_goes_on(make_system: Make, modes: tuple[st
 
 def test_archivers_of_another_machine(make_system: Make) -> None:
     """`up` without an archiver, and two that know only its address and the store. One is killed."""
-    system = make_system(period="2s", partitions=PARTITIONS, options=("--archive", "none")).start()
+    system = make_system(period="2s", partitions=PARTITIONS, options=("--archive", "none"), anonymous=False).start()
     words = ("--hub", system.url, "--store", str(system.store), "--lease", "2s")
     hosts = {
-        name: system.process("host", "--name", name, "--data", str(system.folder / name), *words, log=f"{name}.log")
+        name: system.process(
+            *("host", "--name", name, "--data", str(system.folder / name)),
+            *words,
+            log=f"{name}.log",
+            environment={"PENSTOCK_KEY": system.key},
+        )
         for name in ("a", "b")
     }
 
@@ -158,7 +168,7 @@ def test_archivers_of_another_machine(make_system: Make) -> None:
 
     wait_for("both archive", lambda: owners() == {"a", "b"})
     lines = b"".join(b'{"deviceId":"d-%d","n":%d}\n' % (n % 20, n) for n in range(2000))
-    kind = {"Content-Type": "application/x-ndjson"}
+    kind = {"Content-Type": "application/x-ndjson", **system.headers}
     assert request(system.url, "POST", "/v1/events", lines, kind).status == 200
     wait_for("an hour is complete", lambda: list(system.store.glob("_hours/*.json")))
     assert request(system.url, "POST", "/v1/events", lines, kind).status == 200

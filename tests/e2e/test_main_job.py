@@ -60,7 +60,7 @@ def store_lines(system: System) -> list[bytes]:
 
 
 def test_events_in_hour_files_out(make_system: Make) -> None:
-    system = make_system().start()
+    system = make_system(anonymous=False).start()
     large = status_documents(500)
     (system.folder / "large.ndjson").write_bytes(b"\n".join(large) + b"\n")
     some, files = flights(), str(FLIGHTS)
@@ -165,7 +165,7 @@ def test_an_hour_gets_its_manifest(make_system: Make) -> None:
 
 
 def test_it_starts_again_on_its_data(make_system: Make) -> None:
-    system = make_system().start()
+    system = make_system(anonymous=False).start()
     parts = [flights()[:1000], flights()[1000:2000]]
     for part in parts:
         assert system.run("send", "--url", system.url, "-", stdin=b"\n".join(part)).returncode == 0
@@ -186,7 +186,7 @@ def _everything(folder: Path) -> dict[str, tuple[int, float]]:
 
 
 def test_a_second_up_on_the_same_data_is_refused(system: System) -> None:
-    wait_for("the archiver has its leases", lambda: len(list(system.store.glob("_leases/*/[0-9]*.json"))) == 16)
+    wait_for("each lease says why", lambda: len(list(system.store.glob("_moves/*/[0-9]*.json"))) == 16)
     before = _names(system.data)
     second = system.run(*system.up_arguments(), deadline_s=20)
     assert second.returncode == 2
@@ -222,7 +222,7 @@ def test_other_partitions_or_period_are_refused(make_system: Make, other: tuple[
     [
         (("up", "--partitions", "0"), b"--partitions"),
         (("up", "--period", "7s"), b"--period"),
-        (("up", "--listen", "0.0.0.0:0"), b"--listen"),
+        (("up", "--listen", "0.0.0.0:0", "--anonymous"), b"loopback addresses only"),
         (("up", "--no-such"), b"--no-such"),
         (("send", "missing.ndjson"), b"missing.ndjson"),
         (("flush",), b"Nothing runs on"),
