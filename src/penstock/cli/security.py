@@ -74,7 +74,7 @@ def advice(values: Values, data: Path, listen: Address) -> str:
     if values.flag("anonymous"):
         who, shown = "No keys: whoever is on this machine may send, read and manage.", ""
     elif path.exists():
-        who = f"Its key, with all rights, lies in {path}, for your eyes only; `penstock key create` makes others."
+        who = f"Its key, with all rights, lies in {path}, readable by you alone; `penstock key create` makes others."
         shown = f' -H "Authorization: Bearer $(cat {shlex.quote(str(path))})"'
     else:
         who = f"Its keys are those that `penstock key create` has made; {path} is not there."
