@@ -188,7 +188,13 @@ def test_case_85_another_device(rig: Rig) -> None:
         "forbidden_device",
     )
     assert rig.post([b'{"n":1}'], key, "/v1/devices/d-7/events").status == 200
-    assert sum(rig.system.ends()) == before + 4
+    hiding = {**NDJSON, "Authorization": key, "Penstock-Device-Field": "x"}
+    for path in ("/v1/events", "/v1/devices/d-1/events"):
+        answer = request(rig.system.url, "POST", path, b'{"x":"d-1","deviceId":"e-1"}', hiding)
+        assert (answer.status, answer.json["code"]) == (403, "forbidden_device")
+    usual = {**NDJSON, "Authorization": key, "Penstock-Device-Field": "deviceId"}
+    assert request(rig.system.url, "POST", "/v1/devices/d-7/events", b'{"n":1}', usual).status == 200
+    assert sum(rig.system.ends()) == before + 5
     # The same batch with a key without a scope: that is what was in its way.
     assert rig.post([b'{"deviceId":"e-1"}'], f"Bearer {rig.system.key}").status == 200
 
@@ -198,7 +204,7 @@ def test_every_route_asks_for_its_right_on_both_ports(rig: Rig) -> None:
     keys = {right: f"Bearer {rig.create(rights=[right])['key']}" for right in ("send", "listen", "manage")}
     able = {"send": Right.SEND, "listen": Right.LISTEN, "manage": ALL}
     seen = 0
-    for route in routes(None, _Nothing(), lambda _: lambda *_: None):  # type: ignore[arg-type]
+    for route in routes(None, _Nothing(), lambda _: lambda *_: None, _Nothing()):  # type: ignore[arg-type]
         path = route.path.decode().replace("{n}", "0").replace("{device}", "d-1").replace("{group}", "no-group")
         path = path.replace("{id}", "nobody")
         for where, url in ((Where.LISTEN, rig.system.url), (Where.ADMIN, rig.system.admin)):
@@ -206,19 +212,20 @@ def test_every_route_asks_for_its_right_on_both_ports(rig: Rig) -> None:
                 continue
             seen += 1
             method = route.method.decode()
-            bare = request(url, method, path)
+            length = {"Content-Length": "0"} if method == "PUT" else {}
+            bare = request(url, method, path, headers=length)
             if path in OPEN:
                 assert bare.status == 200
                 continue
             assert route.right, f"{path} is open"
             assert bare.status == 401, path
             for name, key in keys.items():
-                answer = request(url, method, path, headers={"Authorization": key})
+                answer = request(url, method, path, headers={"Authorization": key, **length})
                 allowed = bool(able[name] & route.right)
                 assert (answer.status == 403) is not allowed, (path, name)
                 assert allowed or answer.json["code"] == "forbidden", path
                 assert answer.status != 401
-    assert seen > 12
+    assert seen > 14
 
 
 class _Nothing:
@@ -233,6 +240,8 @@ def test_tokens_of_devices(rig: Rig) -> None:
     whole = rig.system.run("token", "--name", "fleet", "--device", "dev-1", "--for", "10m")
     assert whole.returncode == 0, whole
     token = whole.stdout.decode().strip()
+    wrong = rig.system.run("token", "--name", "fleet", "--uri", "ftp://x/")
+    assert (wrong.returncode, b"names nothing of an API" in wrong.stderr) == (2, True), wrong
     answer = rig.post([b'{"deviceId":"dev-1"}', b'{"deviceId":"dev-10"}'], token)
     assert (answer.json["accepted"], [one["index"] for one in answer.json["rejected"]]) == (1, [1])
     assert rig.post([b"{}"], token, "/v1/devices/dev-1/events").status == 200
@@ -273,6 +282,18 @@ def test_keys_are_listed_without_what_opens(rig: Rig) -> None:
     assert made["key"].partition(".")[2].encode() not in done.stdout
     assert made["shared_access_key"].encode() not in done.stdout
     assert b"listed" in rig.system.run("key", "list").stdout
+
+
+def test_a_key_has_its_own_quota(rig: Rig) -> None:
+    bounded = f"Bearer {rig.create('--events-per-second', '20')['key']}"
+    batch = [b'{"deviceId":"d-1"}'] * 20
+    answers = [rig.post(batch, bounded) for _ in range(8)]
+    refused = [answer for answer in answers if answer.status != 200]
+    assert len(refused) > 2
+    assert {(answer.status, answer.json["code"], answer.json["limit"]) for answer in refused} == {
+        (429, "throughput_exceeded", "key")
+    }
+    assert rig.post(batch, f"Bearer {rig.system.key}").status == 200
 
 
 def test_a_key_alone_is_what_the_command_prints(rig: Rig) -> None:

@@ -65,6 +65,7 @@ def _kind(path: Path) -> str:
         (r"/_hub\.json", "owner of the store"),
         (r"/\d+/\d+/state\.json", "lane of a spool"),
         (r"/run/parts-\d+\.json", "running parts"),
+        (r"/keys\.json", "keys"),
     ):
         if re.search(f"{pattern}$", name):
             return kind

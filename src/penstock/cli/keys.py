@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
 
 import click
 import msgspec
@@ -165,8 +166,11 @@ def token(values: Values, kid: str, name: str, connection_string: str, uri: str,
     parts = address(f"Endpoint={whole};SharedAccessKeyName=-;SharedAccessKey=-")
     uri = uri or f"{parts.scheme}://{parts.netloc}/"
     expires_s = SystemClock().now_ms() // 1000 + int(_duration(for_))
-    resource = sas.publisher(uri, device) if device else uri
-    click.echo(sas.token(resource, name=name, key=signing, expires_s=expires_s))
+    token = sas.token(sas.publisher(uri, device) if device else uri, name=name, key=signing, expires_s=expires_s)
+    named = sas.resource(quote(uri, safe="").encode())
+    if named is None or not named.host:
+        raise SettingsError(f"--uri {uri!r} names nothing of an API: it is an address, or one with a path.")
+    click.echo(token)
 
 
 def _signer(keys: Sequence[Key], kid: str, name: str) -> Key:

@@ -184,6 +184,11 @@ class Ingest:
         if device is not None and allows is not None and not allows(device):
             raise ForbiddenDevice("The key is not for the device of this path. Nothing was stored.")
         field = self._field(headers.get(b"penstock-device-field"))
+        if allows is not None and field != self._device_field:
+            # An allowed device could be named there, and any other where whoever reads the event looks for it.
+            raise ForbiddenDevice(
+                f"The key is for some devices, so they are named in {self._device_field!r}. Nothing was stored."
+            )
         properties = _properties(headers)
         numbered = headers.get(b"penstock-producer")
         if numbered is None:
