@@ -51,7 +51,17 @@ def test_what_a_connection_string_lacks_is_named_and_its_key_is_not(lacking: str
 
 @pytest.mark.parametrize(
     "url",
-    ["", "hub.example.org", "ftp://h", "http://", "http://h:port", "http://h:70000", "http://[::1", "http://u:p@h"],
+    [
+        "",
+        "Endpoint=sb://h[;SharedAccessKeyName=x;SharedAccessKey=y",
+        "hub.example.org",
+        "ftp://h",
+        "http://",
+        "http://h:port",
+        "http://h:70000",
+        "http://[::1",
+        "http://u:p@h",
+    ],
 )
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(SettingsError, match="is not an address"):

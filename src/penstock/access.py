@@ -128,7 +128,8 @@ def connection_string(text: str) -> ConnectionString:
         raise SettingsError(f"The connection string has no {' and no '.join(lacking)}.")
     scheme, _, rest = fields["endpoint"].partition("://")
     if scheme.lower() == "sb":
-        scheme = "http" if is_loopback(urlsplit(f"sb://{rest}").hostname or "") else "https"
+        # As https first, for which an address has to make sense at all.
+        scheme = "http" if is_loopback(address(f"https://{rest}").hostname or "") else "https"
     return ConnectionString(f"{scheme}://{rest}", fields["sharedaccesskeyname"], fields["sharedaccesskey"])
 
 

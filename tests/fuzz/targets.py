@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
+from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 import zstandard
 
+from penstock import sas
+from penstock.access import address
 from penstock.archive.ledger import Ledger, Record, owner, record_name
 from penstock.client.answers import Again, Settled, reaction
 from penstock.client.records import read_batch
@@ -30,14 +34,19 @@ from penstock.errors import (
     SettingsError,
     SpoolDamaged,
     StoreError,
+    Unauthenticated,
 )
 from penstock.events import FrameKind
 from penstock.processor.lease import decode_lease, encode_lease
+from penstock.server.auth import KeyGuard, _ring
 from penstock.server.ingest import _numbers, _properties
-from penstock.server.message import Request
+from penstock.server.keys import Key
+from penstock.server.keys import decode as decode_keys
+from penstock.server.keys import encode as encode_keys
+from penstock.server.message import Request, Right
 from penstock.server.parser import Limits, Parser
 from penstock.server.read import Reads
-from penstock.testing import FakeClock, MemoryBlobs, MemoryHub
+from penstock.testing import FakeClock, MemoryBlobs, MemoryHub, MemoryLog
 from penstock.wire import frame as frames
 from penstock.wire.body import ndjson, unzip, unzipped_bytes
 from penstock.wire.problem import rebuilt
@@ -326,11 +335,66 @@ class Target(NamedTuple):
     bytes_max: int = 4096
 
 
+# Who comes in
+
+
+_SECRET: Final = b"an open secret"
+_KEY: Final = Key(
+    "aaaaaaaaaaaa",
+    "press",
+    hashlib.sha256(_SECRET).hexdigest(),
+    ("send",),
+    ("d-*",),
+    None,
+    None,
+    "2026-11-22T14:00:00Z",
+    None,
+)
+
+
+def authorization(data: bytes) -> None:
+    """Nobody comes in without the secret, and with a token for one path to no other; keys and connection strings are read or refused."""
+    given = Given(data)
+    way, content = given.byte() % 4, given.rest()
+    if way == 0:
+        if _granted(content, b"/v1/events"):
+            assert _SECRET in content
+    elif way == 1:
+        resource, _, path = content.partition(b"\n")
+        expires_s = FakeClock().now_ms() // 1000
+        signed = quote(sas.signature(_KEY.shared_access_key.encode(), resource, expires_s), safe="").encode()
+        if _granted(b"SharedAccessSignature sr=%b&sig=%b&se=%d&skn=press" % (resource, signed, expires_s), path):
+            found = sas.resource(resource)
+            assert found is not None and found.host == "hub"
+            under = [unquote_to_bytes(part).decode() for part in path.split(b"/")[1:]]
+            assert under[: len(found.path)] == list(found.path)
+    elif way == 2:
+        with contextlib.suppress(ValueError):
+            known = decode_keys(content)
+            assert decode_keys(encode_keys(known)) == known
+    else:
+        with contextlib.suppress(SettingsError):
+            assert address(content.decode("latin-1")).hostname
+
+
+def _granted(header: bytes, path: bytes) -> bool:
+    guard = KeyGuard(Path("/nonexistent"), FakeClock(), MemoryLog())
+    guard._ring = _ring([_KEY])
+    try:
+        grant = guard(Request(b"POST", path, b"", {b"host": b"hub:1", b"authorization": header}, b""))
+    except Unauthenticated:
+        return False
+    assert grant.key == _KEY.kid and grant.rights in (Right.SEND, Right.NONE) and grant.allows is not None
+    assert not grant.allows("e-1")
+    return True
+
+
 TARGETS: Final[Mapping[str, Target]] = {
     "body": Target(body, 1024),
     "zipped": Target(zipped),
     "http": Target(http, 1024),
     "headers": Target(headers),
+    "authorization": Target(authorization),
     "frame": Target(frame),
     "lease": Target(lease),
     "ledger": Target(ledger),

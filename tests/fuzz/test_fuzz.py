@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from penstock import sas
 from penstock.client import answers
 from penstock.errors import PenstockError
-from penstock.server import ingest
+from penstock.server import auth, ingest
 from penstock.server.parser import Parser
 from penstock.wire import body, frame, route
 from tests.fuzz.__main__ import CORPUS, fuzz
@@ -49,6 +50,8 @@ def by_name(self: PenstockError, detail: str, **fields: object) -> None:
         ("zipped", body, "_gunzip", one_shot),
         ("http", Parser, "on_body", unbounded),
         ("headers", ingest, "_PRODUCER_ID", frozenset(range(256))),
+        ("authorization", sas.Resource, "covers", lambda *_: True),
+        ("authorization", auth, "compare_digest", lambda *_: True),
         ("frame", frame, "sources_of", lambda _frame: ()),
         ("answer", PenstockError, "__init__", by_name),
         ("answer", answers, "_settled", lambda *_: answers.Settled(1, False, (), True)),

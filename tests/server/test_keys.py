@@ -192,6 +192,7 @@ def test_what_is_no_pattern(keys: Keys, pattern: str) -> None:
         (lambda text: text.replace('"devices": [', '"devices": ["*x"'), "beginning of some"),
         (lambda text: text.replace('"name"', '"title"'), "title|name"),
         (lambda text: "", "truncated"),
+        (lambda text: text.replace('"version"', '"x": ' + "[" * 100_000 + ', "version"'), "without end"),
     ],
 )
 def test_a_file_that_is_not_ours_is_left_alone(keys: Keys, tmp_path: Path, damage, why: str) -> None:

@@ -131,7 +131,7 @@ class KeyGuard:
         try:
             with open(fd, "rb", closefd=False) as file:
                 self._ring = _ring(decode(file.read()))
-        except (ValueError, RecursionError) as error:  # such a file is looked at again when it is another
+        except ValueError as error:  # msgspec's are ValueErrors; such a file is looked at again when it is another
             self._cannot(str(error))
         else:
             self._failed = ""

@@ -79,7 +79,10 @@ class _Document(msgspec.Struct, frozen=True):
 
 def decode(body: bytes) -> tuple[Key, ...]:
     """The keys of a file. Raises ValueError for what is none of this version."""
-    document = msgspec.json.decode(body, type=_Document)
+    try:
+        document = msgspec.json.decode(body, type=_Document)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
     if document.version != VERSION:
         raise ValueError(f"it has version {document.version}, and this Penstock knows {VERSION}")
     if len({key.kid for key in document.keys}) != len(document.keys):
