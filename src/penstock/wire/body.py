@@ -79,6 +79,8 @@ def _too_large(bytes_max: int) -> BatchTooLarge:
 
 
 def _gunzip(body: bytes, bytes_max: int) -> bytes:
+    if body[3:4] > b"\x1f":  # RFC 1952, 2.3.1.2: such a member may be laid out in a way that nobody knows yet; isal does not look
+        raise MalformedGzip("The gzip body has flags that are reserved. Nothing was stored.")
     unzipper = isal_zlib.decompressobj(31)
     try:
         unzipped: bytes = unzipper.decompress(body, bytes_max + 1)
