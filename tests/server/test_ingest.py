@@ -20,6 +20,7 @@ from penstock.events import Appended, Batch
 from penstock.hub import Refused
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.server import ingest as ingest_module
+from penstock.server.auth import ANYONE
 from penstock.server.ingest import Ingest
 from penstock.server.message import Request, Response
 from penstock.testing import FakeClock, MemoryHub, MemoryLog
@@ -82,7 +83,9 @@ class Intake:
     def break_down(self) -> None:
         self.broken += 1
 
-    def post(self, body: bytes = EVENT, device: str | None = None, **headers: bytes) -> asyncio.Future[Response]:
+    def post(
+        self, body: bytes = EVENT, device: str | None = None, *, key: str = "", **headers: bytes
+    ) -> asyncio.Future[Response]:
         future: asyncio.Future[Response] = self.loop.create_future()
 
         def reply(response: Response) -> None:
@@ -91,7 +94,9 @@ class Intake:
 
         self.posts += 1
         named = {name.replace("_", "-").encode(): value for name, value in headers.items()}
-        self.ingest.post(Request(b"POST", b"/v1/events", b"", named, body), device, reply)
+        request = Request(b"POST", b"/v1/events", b"", named, body)
+        request.grant = ANYONE._replace(key=key)
+        self.ingest.post(request, device, reply)
         return future
 
 
@@ -245,6 +250,56 @@ def test_producer_headers_that_are_malformed(name: str) -> None:
 def test_producer_headers_that_are_right(header: bytes) -> None:
     async def act(intake: Intake) -> None:
         assert (await intake.post(penstock_producer=header)).status == 200
+
+    run(act)
+
+
+def test_an_idempotency_key_is_a_number() -> None:
+    other = EVENT + b" "
+
+    async def act(intake: Intake) -> None:
+        first = answer(await intake.post(idempotency_key=b"8e03978e-40d5"))
+        name = hashlib.sha256(b"\x008e03978e-40d5").hexdigest()[:32]
+        assert first == {"batch": f"idempotency:{name}:0:1", "accepted": 1, "duplicate": False, "rejected": []}
+        again = answer(await intake.post(idempotency_key=b"8e03978e-40d5"))
+        assert again == first | {"duplicate": True}
+        reused = refused(await intake.post(other, idempotency_key=b"8e03978e-40d5"), 422, "number_reused")
+        assert "Idempotency-Key" in reused["detail"]
+        assert len(intake.hub.lines()) == 1  # type: ignore[union-attr]
+
+    run(act)
+
+
+def test_the_same_idempotency_key_of_others_is_another() -> None:
+    """Of another device of the path, and of another who asks: with the same body too."""
+
+    async def act(intake: Intake) -> None:
+        for device in (None, "d-1", "d-2"):
+            for key in ("", "k-1", "k-2"):
+                posted = await intake.post(b"{}" if device else EVENT, device, key=key, idempotency_key=b"1")
+                assert answer(posted)["duplicate"] is False
+        assert len(intake.hub.lines()) == 9  # type: ignore[union-attr]
+
+    run(act)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"idempotency_key": b""},
+        {"idempotency_key": b"x" * 256},
+        {"idempotency_key": b"two words"},
+        {"idempotency_key": b"\x7f"},
+        {"idempotency_key": "\u00e9".encode()},
+        {"idempotency_key": b"x", "penstock_producer": producer()},
+        {"idempotency_key": b"", "penstock_producer": producer()},
+    ],
+)
+def test_idempotency_keys_that_cannot_be(headers: dict[str, bytes]) -> None:
+    async def act(intake: Intake) -> None:
+        refused(await intake.post(**headers), 400, "bad_header")
+        assert intake.hub.lines() == []  # type: ignore[union-attr]
+        assert (await intake.post(idempotency_key=b"~" * 255)).status == 200
 
     run(act)
 

@@ -33,7 +33,7 @@ from penstock.hub import Refused
 from penstock.hub.commit import Commit, Positions
 from penstock.hub.groups import Groups
 from penstock.hub.layout import MARKER, META_HUB, META_POSITIONS, Databases, Meta, open_environment
-from penstock.hub.producers import WINDOW_MS, Producer, decode
+from penstock.hub.producers import DAY_MS, Producer, decode, window_ms
 from penstock.hub.reading import (
     Resident,
     decode_all,
@@ -243,7 +243,7 @@ class EmbeddedHub:
 
     def maintain(self, *, expire: bool = True) -> None:
         """Once a second or so, from any one thread: time markers, dead readers, how far the groups that read over HTTP are, and
-        producers that were not heard of for 14 days.
+        producers that were not heard of for 14 days (for a day, those that stand for an Idempotency-Key).
 
         Without `expire` all producers are kept: for when the clock cannot be trusted.
         """
@@ -269,9 +269,12 @@ class EmbeddedHub:
                 commit.finish()
         self.groups.keep()
         if expire:
-            self._expire(now_ms - WINDOW_MS)
+            self._expire(now_ms)
 
-    def _expire(self, before_ms: int) -> None:
+    def _expire(self, now_ms: int) -> None:
+        def is_due(key: bytes, entry: bytes) -> bool:
+            return decode(entry).seen_at_ms < now_ms - window_ms(key.decode())
+
         with reading(self._env) as txn:
             cursor = txn.cursor(self._databases.producers)
             found: list[bytes] = []
@@ -279,7 +282,7 @@ class EmbeddedHub:
             for _ in range(DELETES_AT_ONCE):
                 if not more:
                     break
-                if decode(cursor.value()).seen_at_ms < before_ms:
+                if is_due(cursor.key(), cursor.value()):
                     found.append(cursor.key())
                 more = cursor.next()
             self._expired_key = cursor.key() if more else b""
@@ -287,7 +290,7 @@ class EmbeddedHub:
             with self._writer.transaction() as txn:
                 for key in found:
                     entry = txn.get(key, db=self._databases.producers)
-                    if entry is not None and decode(entry).seen_at_ms < before_ms:
+                    if entry is not None and is_due(key, entry):
                         txn.delete(key, db=self._databases.producers)
 
     def producer(self, producer: str) -> Producer:
@@ -296,7 +299,8 @@ class EmbeddedHub:
         with reading(self._env) as txn:
             entry = txn.get(key, db=self._databases.producers) if 0 < len(key) < 512 else None
         if entry is None:
-            raise NotFound(f"Producer {producer} is not known: it has not sent a numbered batch for 14 days.")
+            days = window_ms(producer) // DAY_MS
+            raise NotFound(f"Producer {producer} is not known: it has not sent a numbered batch for {days} days.")
         return decode(entry)
 
     def accepted(self) -> Iterator[tuple[int, int, int]]:

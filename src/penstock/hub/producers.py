@@ -11,7 +11,11 @@ from penstock.errors import NumberReused, NumberTooOld, ProducerFenced
 from penstock.events import Appended, Batch
 
 KEPT_BATCHES = 5
-WINDOW_MS = 14 * 24 * 3600 * 1000
+DAY_MS = 24 * 3600 * 1000
+WINDOW_MS = 14 * DAY_MS
+KEYED_WINDOW_MS = DAY_MS
+KEYED = "idempotency:"
+"""How the producers begin that stand for an Idempotency-Key: no client's own id can, for a colon is not in it."""
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -48,6 +52,11 @@ def encode(producer: Producer) -> bytes:
     return _ENCODER.encode(producer)
 
 
+def window_ms(producer: str) -> int:
+    """How long a producer is remembered after its last batch."""
+    return KEYED_WINDOW_MS if producer.startswith(KEYED) else WINDOW_MS
+
+
 def judge(known: Producer | None, batch: Batch) -> Appended | NumberReused | NumberTooOld | ProducerFenced | None:
     """The answer for a batch that must not be stored (again); None when it must be."""
     if known is None:
@@ -57,8 +66,7 @@ def judge(known: Producer | None, batch: Batch) -> Appended | NumberReused | Num
             if kept.sha256 == batch.sha256:
                 return Appended(kept.accepted, duplicate=True)
             return NumberReused(
-                f"Producer {batch.producer} has sent other bytes under epoch {batch.epoch}, sequence {batch.sequence}. "
-                "Nothing was stored; take a new producer id and send the same bytes again.",
+                _reused(batch),
                 last_epoch=known.epoch,
                 last_sequence=known.sequence,
             )
@@ -76,6 +84,17 @@ def judge(known: Producer | None, batch: Batch) -> Appended | NumberReused | Num
             last_sequence=known.sequence,
         )
     return None
+
+
+def _reused(batch: Batch) -> str:
+    if batch.producer.startswith(KEYED):
+        return (
+            "Another body was sent under this Idempotency-Key. Nothing of this one was stored; send it under a new key."
+        )
+    return (
+        f"Producer {batch.producer} has sent other bytes under epoch {batch.epoch}, sequence {batch.sequence}. "
+        "Nothing was stored; take a new producer id and send the same bytes again."
+    )
 
 
 def lost_before(known: Producer | None, batch: Batch) -> bool:

@@ -8,7 +8,6 @@ has a thread of its own. Nothing is answered with 200 before the commit returned
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import queue
 import secrets
@@ -23,7 +22,6 @@ from penstock.clock import Clock, timestamp
 from penstock.errors import (
     BadHeader,
     BatchTooLarge,
-    BodyMismatch,
     EmptyBatch,
     ForbiddenDevice,
     HubBroken,
@@ -36,6 +34,7 @@ from penstock.errors import (
 from penstock.events import Appended, Batch
 from penstock.hub import Refused, WholeHub
 from penstock.server.message import Reply, Request, Response
+from penstock.server.numbers import Number, number_of
 from penstock.server.problems import problem
 from penstock.server.quota import Quota
 from penstock.wire.body import ndjson, unzip, unzipped_bytes
@@ -50,7 +49,6 @@ STORAGE_RETRY_S = 10.0
 PROPERTIES_BYTES_MAX = (1 << 16) - 1  # what a frame's header has room for
 
 _PROPERTY = b"penstock-property-"
-_PRODUCER_ID = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -190,13 +188,8 @@ class Ingest:
                 f"The key is for some devices, so they are named in {self._device_field!r}. Nothing was stored."
             )
         properties = _properties(headers)
-        numbered = headers.get(b"penstock-producer")
-        if numbered is None:
-            producer, epoch, sequence, after, sha256 = self._worker, 0, next(self._numbers), None, b""
-        else:
-            producer, epoch, sequence, after, sha256 = _numbers(numbered)
-            if hashlib.sha256(body).digest() != sha256:
-                raise BodyMismatch("The body that arrived is not the one whose sha256 was sent. Send it again.")
+        given = number_of(request, device)
+        number = given or Number(self._worker, 0, next(self._numbers), None, b"")
         encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         lines = ndjson(
             unzip(body, encoding, bytes_max=self._unzipped_bytes_max),
@@ -214,16 +207,16 @@ class Ingest:
         if not routed.accepted:
             raise NoValidEvent("Every event of the batch was rejected. Nothing was stored.", rejected=routed.rejected)
         batch = Batch(
-            producer,
-            epoch,
-            sequence,
+            number.producer,
+            number.epoch,
+            number.sequence,
             routed.accepted,
             routed.groups,
-            numbered is not None,
-            sha256,
+            given is not None,
+            number.sha256,
             properties,
             field,
-            after,
+            number.after,
         )
         size = sum([len(group.content) for group in routed.groups])
         if self._quota is not None:
@@ -340,31 +333,3 @@ def _properties(headers: dict[bytes, bytes]) -> bytes:
     if len(encoded) > PROPERTIES_BYTES_MAX:
         raise BadHeader(f"The event properties have {len(encoded)} bytes as JSON, the limit is {PROPERTIES_BYTES_MAX}.")
     return encoded
-
-
-def _numbers(header: bytes) -> tuple[str, int, int, int | None, bytes]:
-    """`<id>;epoch=<n>;sequence=<n>;after=<n>;sha256=<hex>` → producer, epoch, sequence, after, sha256. Raises BadHeader."""
-    producer, *pairs = (part.strip() for part in header.split(b";"))
-    values = dict(pair.partition(b"=")[::2] for pair in pairs)
-    try:
-        if len(values) != len(pairs) or values.keys() - {b"epoch", b"sequence", b"after", b"sha256"}:
-            raise ValueError
-        epoch, sequence = _whole(values[b"epoch"], 32), _whole(values[b"sequence"], 63)
-        after = _whole(values[b"after"], 63) if b"after" in values else None
-        sha256 = bytes.fromhex(values[b"sha256"].decode("ascii"))
-        if not 0 < len(producer) <= 64 or not _PRODUCER_ID.issuperset(producer) or not sequence:
-            raise ValueError
-        if len(values[b"sha256"]) != 64 or len(sha256) != 32:  # fromhex skips white space
-            raise ValueError
-    except (KeyError, ValueError) as error:
-        raise BadHeader(
-            "Penstock-Producer must be <id>;epoch=<n>;sequence=<n from 1>;after=<n>;sha256=<64 hex digits>, with an id of at most "
-            "64 letters, digits, `.`, `_` and `-`. Nothing was stored."
-        ) from error
-    return producer.decode("ascii"), epoch, sequence, after, sha256
-
-
-def _whole(text: bytes, bits: int) -> int:
-    if not text.isdigit() or len(text) > 19 or int(text) >= 1 << bits:
-        raise ValueError
-    return int(text)
