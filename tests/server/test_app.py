@@ -170,6 +170,15 @@ def test_the_admin_listener_takes_no_events_and_cuts(admin):
     assert kinds[-1] is FrameKind.CUT_MARKER
 
 
+def test_a_refusal_names_the_trace_of_its_request(api):
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    header = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    for method, target in (("GET", "/nothing"), ("DELETE", "/v1/events"), ("GET", "/v1/partitions/9")):
+        assert msgspec.json.decode(api.ask(method, target, **header).body)["trace_id"] == trace
+        assert "trace_id" not in msgspec.json.decode(api.ask(method, target).body)
+    assert api.ask("POST", "/v1/events", **header).body == b"{}"
+
+
 # Reads
 
 
@@ -389,5 +398,5 @@ def test_a_read_that_fails_is_answered(api):
     assert code(api.ask("GET", "/v1/partitions/0")) == "hub_broken"
     assert not api.log.lines
     failure = KeyError("x")
-    assert code(api.ask("GET", "/v1/partitions/0")) == "internal_error"
-    assert [level for level, _, _ in api.log.lines] == ["error"]
+    assert code(api.ask("GET", "/v1/partitions/0", traceparent=f"00-{'a' * 32}-{'b' * 16}-01")) == "internal_error"
+    assert [(level, about["trace_id"]) for level, _, about in api.log.lines] == [("error", "a" * 32)]

@@ -29,6 +29,7 @@ from penstock.clock import Clock
 from penstock.errors import MethodNotAllowed, NotFound, PenstockError
 from penstock.server import operations as told
 from penstock.server.answers import Health
+from penstock.server import trace
 from penstock.server.auth import Guard, check, no_guard
 from penstock.server.listener import Server
 from penstock.server.message import Handler, Reply, Request, Response, Right
@@ -173,6 +174,8 @@ class Router:
                 self._exact.setdefault(route.path, {})[route.method] = route
 
     def __call__(self, request: Request, reply: Reply) -> None:
+        if b"traceparent" in request.headers:
+            reply = trace.tracing(request.headers, reply)
         try:
             route, names = self._find(request)
             if route.right:
@@ -214,7 +217,8 @@ def answer(work: Blocking, log: Log, request: Request, names: Names) -> Response
     except PenstockError as error:
         return problem(error)
     except Exception as error:  # the top of a reader's thread: the client must get an answer
-        log.error("A request could not be answered.", path=request.path.decode("latin-1"), exc_info=error)
+        about = {"path": request.path.decode("latin-1"), **trace.fields(request.headers)}
+        log.error("A request could not be answered.", **about, exc_info=error)
         return problem(unexpected(error))
 
 

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Protocol, cast
 
 from penstock.errors import HubBusy, PenstockError, RequestTimeout
+from penstock.server import trace
 from penstock.server.message import Handler, Reply, Request, Response
 from penstock.server.parser import Arriving, Limits, Parser, draining
 from penstock.server.problems import problem
@@ -35,7 +36,7 @@ class Server(Protocol):
     date: bytes
 
     def forget(self, connection: Connection) -> None: ...
-    def fault(self, error: BaseException) -> PenstockError: ...
+    def fault(self, error: BaseException, **about: object) -> PenstockError: ...
 
 
 class Connection(asyncio.Protocol):
@@ -132,9 +133,9 @@ class Connection(asyncio.Protocol):
         try:
             self._server.handler(item, self._reply)
         except Exception as error:
-            failure = self._server.fault(error)
+            failure = self._server.fault(error, **trace.fields(item.headers))
             if self._current is item:
-                self._reply(problem(failure))
+                self._reply(trace.traced(item.headers, problem(failure)))
 
     def _await_more(self, transport: asyncio.Transport) -> None:
         if self._ended:
@@ -186,7 +187,8 @@ class Connection(asyncio.Protocol):
             return
         self._closing = True
         self._since = self._server.now
-        self._write(transport, problem(error), False, b"")
+        headers = self._parser.headers if self._current is None else self._current.headers
+        self._write(transport, trace.traced(headers, problem(error)), False, b"")
         if self._ended:
             transport.close()
             return

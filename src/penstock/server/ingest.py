@@ -33,6 +33,7 @@ from penstock.errors import (
 )
 from penstock.events import Appended, Batch
 from penstock.hub import Refused, WholeHub
+from penstock.server import trace
 from penstock.server.message import Reply, Request, Response
 from penstock.server.numbers import Number, number_of
 from penstock.server.problems import problem
@@ -160,7 +161,7 @@ class Ingest:
         except PenstockError as error:
             prepared = problem(error)
         except Exception:
-            self._log.exception("a batch could not be prepared")
+            self._log.exception("a batch could not be prepared", **trace.fields(request.headers))
             prepared = problem(HubUnavailable("The server failed on this batch; nothing of it was stored."))
         self._loop.call_soon_threadsafe(self._prepared_elsewhere, size, prepared, reply)
 

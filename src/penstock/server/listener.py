@@ -81,9 +81,9 @@ class Server:
         if self.draining and not self.connections:
             self._empty.set()
 
-    def fault(self, error: BaseException) -> PenstockError:
-        """Log what should not have happened, once; the error to answer with."""
-        self._log.error("A request failed for a reason that the server does not know.", exc_info=error)
+    def fault(self, error: BaseException, **about: object) -> PenstockError:
+        """Log what should not have happened, once; the error to answer with. `about` the request are more fields of the line."""
+        self._log.error("A request failed for a reason that the server does not know.", **about, exc_info=error)
         return unexpected(error)
 
     async def _accept_queued(self, listening: socket.socket) -> None:

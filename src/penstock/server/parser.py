@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import httptools
@@ -74,6 +75,11 @@ class Parser:
         self._target = b""
         self._head_bytes = 0
         self._upgrade = False
+
+    @property
+    def headers(self) -> Mapping[bytes, bytes]:
+        """Those of the request that arrived last, as far as they are here."""
+        return self._headers
 
     def feed(self, data: bytes) -> None:
         """Take what was received. Not to be called again once `ready` has held a fault."""
