@@ -28,7 +28,7 @@ from penstock.errors import (
     UnsupportedType,
 )
 from penstock.wire import body as body_module
-from penstock.wire.body import ndjson, unzip, unzipped_bytes
+from penstock.wire.body import device_field, ndjson, unzip, unzipped_bytes
 
 PLAIN = b'{"deviceId":"d-1","temperature":21.40}\n' * 20
 JSON, LINES = "application/json", "application/x-ndjson"
@@ -351,3 +351,33 @@ def test_elements_are_counted_as_a_decoder_does(values: list[object]) -> None:
     text = msgspec.json.encode(values)
     assert not body_module._has_more(text, len(values))
     assert body_module._has_more(text, len(values) - 1)
+
+
+@pytest.mark.parametrize("kind", ["application/cloudevents-batch+json", "Application/CloudEvents+JSON; charset=UTF-8"])
+def test_cloudevents_are_json(kind: str) -> None:
+    event = b'{"specversion":"1.0","id":"1","type":"t","source":"urn:s"}'
+    assert ndjson(b"[%b,\n%b]" % (event, event), kind) == event + b"\n" + event + b"\n"
+    assert ndjson(event, kind) == event + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "field", "found"),
+    [
+        (b'{"source":"s","subject":"b","deviceid":"c","deviceId":"d"}', "deviceId", "deviceId"),
+        (b'{"source":"s","subject":"b","deviceid":"c"}', "deviceId", "deviceid"),
+        (b'{"source":"s","subject":"b"}', "deviceId", "subject"),
+        (b'{"source":"s","subject":null,"deviceid":null}', "deviceId", "source"),
+        (b'{"source":"s","subject":"b"}', "source", "source"),
+        (b'{"data":{"deviceId":"d","subject":"b"},"source":7}', "deviceId", "source"),
+        (b'{"id":"1"}', "deviceId", "deviceId"),
+        (b"{}", "device", "device"),
+        (b"[1]", "deviceId", "deviceId"),
+        (b"7", "deviceId", "deviceId"),
+        (b'{"s\\u0075bject":"b"}', "deviceId", "subject"),
+    ],
+)
+def test_the_field_that_names_the_device_of_cloudevents(first: bytes, field: str, found: str) -> None:
+    lines = first + b'\n{"deviceId":"x","deviceid":"x","subject":"x","source":"x"}\n'
+    assert device_field(lines, "Application/CloudEvents-Batch+JSON", field) == found
+    for kind in ("application/json", "application/x-ndjson", "", "x; y=application/cloudevents+json"):
+        assert device_field(lines, kind, field) == field

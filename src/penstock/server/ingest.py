@@ -38,7 +38,7 @@ from penstock.server.message import Reply, Request, Response
 from penstock.server.numbers import Number, number_of
 from penstock.server.problems import problem
 from penstock.server.quota import Quota
-from penstock.wire.body import ndjson, unzip, unzipped_bytes
+from penstock.wire.body import device_field, ndjson, unzip, unzipped_bytes
 from penstock.wire.route import Rejected, Router, Stamp, is_field
 
 BIG_BODY_BYTES = 256 << 10
@@ -182,21 +182,25 @@ class Ingest:
         allows = request.grant.allows
         if device is not None and allows is not None and not allows(device):
             raise ForbiddenDevice("The key is not for the device of this path. Nothing was stored.")
-        field = self._field(headers.get(b"penstock-device-field"))
+        named = headers.get(b"penstock-device-field")
+        field = self._field(named)
+        properties = _properties(headers)
+        given = number_of(request, device)
+        number = given or Number(self._worker, 0, next(self._numbers), None, b"")
+        encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        content_type = headers.get(b"content-type", b"").decode("latin-1")
+        lines = ndjson(
+            unzip(body, encoding, bytes_max=self._unzipped_bytes_max),
+            content_type,
+            events_max=self._router.events_max,
+        )
+        if named is None and device is None:
+            field = device_field(lines, content_type, field)
         if allows is not None and field != self._device_field:
             # An allowed device could be named there, and any other where whoever reads the event looks for it.
             raise ForbiddenDevice(
                 f"The key is for some devices, so they are named in {self._device_field!r}. Nothing was stored."
             )
-        properties = _properties(headers)
-        given = number_of(request, device)
-        number = given or Number(self._worker, 0, next(self._numbers), None, b"")
-        encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
-        lines = ndjson(
-            unzip(body, encoding, bytes_max=self._unzipped_bytes_max),
-            headers.get(b"content-type", b"").decode("latin-1"),
-            events_max=self._router.events_max,
-        )
         if properties and len(lines) + (1 + lines.count(b"\n")) * len(properties) > self._unzipped_bytes_max:
             raise BatchTooLarge(
                 f"With its event properties in each event the batch is larger than {self._unzipped_bytes_max} bytes; nothing was stored. "

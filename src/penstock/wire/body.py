@@ -6,6 +6,8 @@ Nothing is re-serialised: an event keeps its bytes. Every way out is bounded bef
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+from typing import Any
 
 import msgspec
 import zstandard
@@ -22,9 +24,13 @@ from penstock.errors import (
 )
 
 ENCODINGS = ("gzip", "zstd", "identity")
-TYPES = ("application/x-ndjson", "application/json")
+CLOUDEVENTS = ("application/cloudevents-batch+json", "application/cloudevents+json")
+TYPES = ("application/x-ndjson", "application/json", *CLOUDEVENTS)
 
 _NDJSON = frozenset(("application/x-ndjson", "application/ndjson", "application/jsonl", ""))
+_JSON = frozenset(("application/json", *CLOUDEVENTS))
+_CLOUDEVENTS = "application/cloudevents"
+_CLOUDEVENTS_DEVICES = ("deviceid", "subject", "source")
 _RAW = msgspec.json.Decoder(msgspec.Raw)
 _RAWS = msgspec.json.Decoder(list[msgspec.Raw])
 _LINE_FEEDS = bytes.maketrans(b"\r\n", b"  ")
@@ -138,7 +144,7 @@ def ndjson(body: bytes, content_type: str, *, events_max: int = 10_000) -> bytes
         raise UnsupportedType(f"The charset {charset!r} is not supported; send UTF-8.", supported=["utf-8"])
     if media_type in _NDJSON:
         return body
-    if media_type != "application/json":
+    if media_type not in _JSON:
         raise UnsupportedType(
             f"Content-Type {media_type!r} is not supported; send {' or '.join(TYPES)}.", supported=list(TYPES)
         )
@@ -146,6 +152,31 @@ def ndjson(body: bytes, content_type: str, *, events_max: int = 10_000) -> bytes
     if not text:
         raise EmptyBatch("The body is empty. Nothing was stored.")
     return _array(text, events_max) if text[:1] == b"[" else _one(text)
+
+
+def device_field(lines: bytes, content_type: str, field: str) -> str:
+    """The field that names the device in each of these lines: `field`, unless they are CloudEvents that have none of that name.
+
+    Attributes of CloudEvents (1.0, JSON event format) have lower-case names, so `deviceId` is rarely one. The first of `field`, `deviceid`,
+    `subject`, `source` that the first event has serves for the whole batch; null is as good as absent there.
+    """
+    if not content_type.lower().startswith(_CLOUDEVENTS):
+        return field
+    names, decoder = _cloudevents(field)
+    try:
+        first = decoder.decode(lines[: lines.find(b"\n")])
+    except (msgspec.DecodeError, RecursionError):  # no object: `field` is as good as any
+        return field
+    return next((name for at, name in enumerate(names) if bytes(getattr(first, f"at_{at}")) != b"null"), field)
+
+
+@lru_cache(maxsize=64)
+def _cloudevents(field: str) -> tuple[tuple[str, ...], msgspec.json.Decoder[Any]]:
+    """Names, and a decoder to an attribute `at_…` for each of them that takes no memory for what else an event has."""
+    names = tuple(dict.fromkeys((field, *_CLOUDEVENTS_DEVICES)))
+    fields = [(f"at_{at}", msgspec.Raw, msgspec.Raw(b"null")) for at in range(len(names))]
+    rename = {f"at_{at}": name for at, name in enumerate(names)}
+    return names, msgspec.json.Decoder(msgspec.defstruct("First", fields, rename=rename, gc=False))
 
 
 def _array(text: bytes, events_max: int) -> bytes:
