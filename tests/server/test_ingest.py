@@ -614,7 +614,7 @@ def test_a_bug_in_the_preparation_elsewhere_is_answered(monkeypatch: pytest.Monk
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(ingest_module, "ndjson", fail)
+    monkeypatch.setattr(ingest_module, "unzip", fail)
 
     async def act(intake: Intake) -> None:
         refused(await intake.post(EVENT * 20_000), 503, "hub_unavailable")

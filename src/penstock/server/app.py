@@ -2,8 +2,9 @@
 
     Route(method, path, action, where, right, about)    where: the listener for everyone, the admin listener, or both
 
-A path is exact, or has `{names}` that each stand for one segment. What an action is given of those is percent-decoded and
-otherwise as it came: whether it is a device, a producer or a number is for the action to say.
+A path is exact, or has `{names}` that each stand for one segment (`{hub}`: for one that is not the API's own).
+What an action is given of those is percent-decoded and otherwise as it came: whether it is a device, a producer or a number is for the
+action to say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import uvloop
@@ -28,9 +29,11 @@ import uvloop
 from penstock.clock import Clock
 from penstock.errors import MethodNotAllowed, NotFound, PenstockError
 from penstock.server import operations as told
-from penstock.server.answers import Health
 from penstock.server import trace
+from penstock.server.answers import Health
 from penstock.server.auth import Guard, check, no_guard
+from penstock.server.eventhubs import NO_HUBS, EventHubs
+from penstock.server.framing import Intake
 from penstock.server.listener import Server
 from penstock.server.message import Handler, Reply, Request, Response, Right
 from penstock.server.openapi import Operation
@@ -60,14 +63,6 @@ class Route(NamedTuple):
     where: Where
     right: Right = Right.NONE
     about: Operation | None = None
-
-
-class Intake(Protocol):
-    """What takes batches in."""
-
-    def post(self, request: Request, device: str | None, reply: Reply) -> None:
-        """Store the events of this request; `device` is the path's. Replies when they are durable, or refused."""
-        ...
 
 
 class Units(Protocol):
@@ -151,6 +146,7 @@ def routes(
         Route(b"POST", b"/v1/cut", run(reads.cut), admin, manage, told.CUT),
         Route(b"DELETE", b"/v1/groups/{group}", run(reads.forget), admin, manage, told.FORGET),
         *(_of_units(units, run) if units is not None else ()),
+        *(Route(b"POST", path, action, listen, send) for path, action in EventHubs(ingest).paths()),
     )
 
 
@@ -202,12 +198,15 @@ class Router:
     def _match(self, path: bytes) -> tuple[dict[bytes, Route] | None, Names]:
         segments = path.split(b"/")
         for pattern, methods in self._patterns.items():
-            if len(pattern) == len(segments) and all(
-                want == got or want.startswith(b"{") for want, got in zip(pattern, segments, strict=True)
-            ):
+            if len(pattern) == len(segments) and all(map(_fits, pattern, segments)):
                 given = [got for want, got in zip(pattern, segments, strict=True) if want.startswith(b"{")]
                 return methods, tuple(unquote_to_bytes(name).decode("utf-8", "replace") for name in given)
         return None, ()
+
+
+def _fits(want: bytes, got: bytes) -> bool:
+    """Whether a segment is what a pattern has there. The name of a hub is anyone's choice, but not the API's own words."""
+    return want == got or (want.startswith(b"{") and (want != b"{hub}" or got not in NO_HUBS))
 
 
 def answer(work: Blocking, log: Log, request: Request, names: Names) -> Response:

@@ -34,15 +34,17 @@ from penstock.errors import (
 from penstock.events import Appended, Batch
 from penstock.hub import Refused, WholeHub
 from penstock.server import trace
+from penstock.server.framing import Framed, Framing, Posted, own
 from penstock.server.message import Reply, Request, Response
 from penstock.server.numbers import Number, number_of
 from penstock.server.problems import problem
 from penstock.server.quota import Quota
-from penstock.wire.body import device_field, ndjson, unzip, unzipped_bytes
-from penstock.wire.route import Rejected, Router, Stamp, is_field
+from penstock.wire.body import unzip, unzipped_bytes
+from penstock.wire.route import Allows, Rejected, Router, Stamp, is_field
 
 BIG_BODY_BYTES = 256 << 10
 BIG_BATCH_BYTES = 2 << 20
+BIG_FRAMED_BYTES = 64 << 10  # of bodies that are written anew, event by event
 GROUP_BATCHES = 512
 GROUP_BYTES = 4 << 20
 WAITING_BYTES_MAX = 48 << 20
@@ -118,7 +120,7 @@ class Ingest:
         self._commits.put(None)
         self._thread.join()
 
-    def post(self, request: Request, device: str | None, reply: Reply) -> None:
+    def post(self, request: Request, device: str | None, reply: Reply, framing: Framing = own) -> None:
         """Take a batch; `device` is the one in the path. Replies when it is on disk, or with what is wrong."""
         if self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
             reply(problem(self._busy()))
@@ -130,14 +132,15 @@ class Ingest:
                 reply(problem(error))
                 return
         size = unzipped_bytes(request.body, bytes_max=self._unzipped_bytes_max)
-        if len(request.body) > BIG_BODY_BYTES or size > BIG_BATCH_BYTES:
+        bytes_max = BIG_BATCH_BYTES if framing is own else BIG_FRAMED_BYTES
+        if len(request.body) > BIG_BODY_BYTES or size > bytes_max:
             # It would hold up the loop. What it will take is counted now, and counted right when it is known.
             self._elsewhere += 1
             self._waiting_bytes += size
-            self._pool.submit(self._prepare_elsewhere, request, device, reply, size)
+            self._pool.submit(self._prepare_elsewhere, request, device, reply, framing, size)
         else:
             try:
-                self._enqueue(self._prepare(request, device, reply))
+                self._enqueue(self._prepare(request, device, reply, framing))
             except PenstockError as error:
                 reply(problem(error))
 
@@ -152,12 +155,14 @@ class Ingest:
             retry_after_s=waiting / self._batches_per_s,
         )
 
-    def _prepare_elsewhere(self, request: Request, device: str | None, reply: Reply, size: int) -> None:
+    def _prepare_elsewhere(
+        self, request: Request, device: str | None, reply: Reply, framing: Framing, size: int
+    ) -> None:
         """In the executor. An error does not leave it: its traceback would keep the unzipped batch until the next full collection."""
         assert self._loop is not None
         prepared: _Waiting | Response
         try:
-            prepared = self._prepare(request, device, reply)
+            prepared = self._prepare(request, device, reply, framing)
         except PenstockError as error:
             prepared = problem(error)
         except Exception:
@@ -173,34 +178,18 @@ class Ingest:
         else:
             self._enqueue(prepared)
 
-    def _prepare(self, request: Request, device: str | None, reply: Reply) -> _Waiting:
+    def _prepare(self, request: Request, device: str | None, reply: Reply, framing: Framing) -> _Waiting:
         """Everything that can be done before the commit."""
-        headers = request.headers
-        body = request.body
-        if not body:
+        if not request.body:
             raise EmptyBatch("The body is empty. Nothing was stored.")
-        allows = request.grant.allows
-        if device is not None and allows is not None and not allows(device):
-            raise ForbiddenDevice("The key is not for the device of this path. Nothing was stored.")
-        named = headers.get(b"penstock-device-field")
-        field = self._field(named)
-        properties = _properties(headers)
+        properties = _properties(request.headers)
         given = number_of(request, device)
         number = given or Number(self._worker, 0, next(self._numbers), None, b"")
-        encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
-        content_type = headers.get(b"content-type", b"").decode("latin-1")
-        lines = ndjson(
-            unzip(body, encoding, bytes_max=self._unzipped_bytes_max),
-            content_type,
-            events_max=self._router.events_max,
-        )
-        if named is None and device is None:
-            field = device_field(lines, content_type, field)
-        if allows is not None and field != self._device_field:
-            # An allowed device could be named there, and any other where whoever reads the event looks for it.
-            raise ForbiddenDevice(
-                f"The key is for some devices, so they are named in {self._device_field!r}. Nothing was stored."
-            )
+        framed = self._framed(request, device, framing)
+        lines, field, device = framed[:3]
+        allows = request.grant.allows
+        if allows is not None:
+            self._check_devices(allows, field, device)
         if properties and len(lines) + (1 + lines.count(b"\n")) * len(properties) > self._unzipped_bytes_max:
             raise BatchTooLarge(
                 f"With its event properties in each event the batch is larger than {self._unzipped_bytes_max} bytes; nothing was stored. "
@@ -209,8 +198,12 @@ class Ingest:
             )
         stamp = self._stamp_for(properties, device, field)
         routed = self._router.route(lines, stamp, field=field, device=device, allows=allows)
-        if not routed.accepted:
-            raise NoValidEvent("Every event of the batch was rejected. Nothing was stored.", rejected=routed.rejected)
+        rejected = routed.rejected
+        if framed.rejected:
+            rejected = _merged(framed.rejected, rejected)
+        if rejected and (framed.whole or not routed.accepted):
+            which = "Every event" if len(rejected) == routed.accepted + len(routed.rejected) else "An event"
+            raise NoValidEvent(f"{which} of the batch was rejected. Nothing was stored.", rejected=rejected)
         batch = Batch(
             number.producer,
             number.epoch,
@@ -226,7 +219,33 @@ class Ingest:
         size = sum([len(group.content) for group in routed.groups])
         if self._quota is not None:
             self._quota.charge(request, batch, size)
-        return _Waiting(batch, routed.rejected, size, reply)
+        return _Waiting(batch, rejected, size, reply)
+
+    def _framed(self, request: Request, device: str | None, framing: Framing) -> Framed:
+        headers = request.headers
+        field = headers.get(b"penstock-device-field")
+        encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        return framing(
+            Posted(
+                headers,
+                unzip(request.body, encoding, bytes_max=self._unzipped_bytes_max),
+                self._field(field),
+                field is not None,
+                device,
+                self._hub.partitions(),
+                self._router.events_max,
+                self._router.event_bytes_max,
+            )
+        )
+
+    def _check_devices(self, allows: Allows, field: str, device: str | None) -> None:
+        if device is not None and not allows(device):
+            raise ForbiddenDevice("The key is not for the device of this path. Nothing was stored.")
+        if field != self._device_field:
+            # An allowed device could be named there, and any other where whoever reads the event looks for it.
+            raise ForbiddenDevice(
+                f"The key is for some devices, so they are named in {self._device_field!r}. Nothing was stored."
+            )
 
     def _field(self, given: bytes | None) -> str:
         if given is None:
@@ -323,6 +342,12 @@ def _stored(waiting: _Waiting, answer: Appended) -> Response:
             rejected,
         ),
     )
+
+
+def _merged(first: Sequence[Rejected], others: Sequence[Rejected]) -> tuple[Rejected, ...]:
+    """In the order of the events; of two verdicts on one the first counts."""
+    by_index = {one.index: one for one in (*others, *first)}
+    return tuple(by_index[index] for index in sorted(by_index))
 
 
 def _properties(headers: dict[bytes, bytes]) -> bytes:

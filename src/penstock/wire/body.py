@@ -84,8 +84,23 @@ def _too_large(bytes_max: int) -> BatchTooLarge:
     )
 
 
+def too_many(events_max: int) -> BatchTooLarge:
+    """The refusal of a batch of more events than these."""
+    return BatchTooLarge(
+        f"The batch holds more than {events_max} events; nothing was stored. Split it and send the parts.",
+        limit_events=events_max,
+    )
+
+
+def one_line(text: bytes) -> bytes:
+    """JSON without the line feeds between its tokens."""
+    return text.translate(_LINE_FEEDS)
+
+
 def _gunzip(body: bytes, bytes_max: int) -> bytes:
-    if body[3:4] > b"\x1f":  # RFC 1952, 2.3.1.2: such a member may be laid out in a way that nobody knows yet; isal does not look
+    if (
+        body[3:4] > b"\x1f"
+    ):  # RFC 1952, 2.3.1.2: such a member may be laid out in a way that nobody knows yet; isal does not look
         raise MalformedGzip("The gzip body has flags that are reserved. Nothing was stored.")
     unzipper = isal_zlib.decompressobj(31)
     try:
@@ -185,10 +200,7 @@ def _array(text: bytes, events_max: int) -> bytes:
         if text.count(b",") > _COMMAS_AT_ONCE:
             _RAW.decode(text)  # a string without an end would be looked for from each of its quotes
             if _has_more(text, events_max):
-                raise BatchTooLarge(
-                    f"The batch holds more than {events_max} events; nothing was stored. Split it and send the parts.",
-                    limit_events=events_max,
-                )
+                raise too_many(events_max)
         raws = _RAWS.decode(text)
     except UnicodeDecodeError as error:
         raise MalformedBody(f"The JSON array is not UTF-8 at byte {error.start}. Nothing was stored.") from error
@@ -198,7 +210,7 @@ def _array(text: bytes, events_max: int) -> bytes:
         raise EmptyBatch("The JSON array is empty. Nothing was stored.")
     lines = [bytes(raw) for raw in raws]
     if b"\n" in text or b"\r" in text:
-        lines = [line.translate(_LINE_FEEDS) for line in lines]
+        lines = [one_line(line) for line in lines]
     lines.append(b"")
     return b"\n".join(lines)
 
@@ -230,4 +242,4 @@ def _one(text: bytes) -> bytes:
         code = "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_json"
         rejected = [{"index": 0, "code": code, "detail": str(error)}]
         raise NoValidEvent(f"The body is not JSON: {error}. Nothing was stored.", rejected=rejected) from error
-    return text.translate(_LINE_FEEDS) + b"\n"
+    return one_line(text) + b"\n"

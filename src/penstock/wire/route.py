@@ -137,6 +137,10 @@ class Router:
         self._event_bytes_max = event_bytes_max
         self._frame_bytes_max = frame_bytes_max
 
+    @property
+    def event_bytes_max(self) -> int:
+        return self._event_bytes_max
+
     def route(
         self,
         body: bytes,

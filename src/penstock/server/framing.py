@@ -1,0 +1,61 @@
+"""What a body is to the intake: lines of one event each, however it was written.
+
+A framing is a function from what was posted to lines. `own` is that of the API's paths; eventhubs.py has those of Event Hubs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+from penstock.server.message import Reply, Request
+from penstock.wire.body import device_field, ndjson
+from penstock.wire.route import Rejected
+
+
+class Posted(NamedTuple):
+    """`body` is unzipped. `field` names the device: the installation's, or the batch's own if `field_given`. `device` is the path's."""
+
+    headers: Mapping[bytes, bytes]
+    body: bytes
+    field: str
+    field_given: bool
+    device: str | None
+    partitions: int
+    events_max: int
+    event_bytes_max: int
+
+
+class Framed(NamedTuple):
+    """NDJSON, the field that names the device in it, and the device of events without that field, if they have one.
+
+    `whole`: nothing is stored unless every event can be. `rejected`: what the framing itself rejects, a line of its own all the same.
+    """
+
+    lines: bytes
+    field: str
+    device: str | None
+    whole: bool = False
+    rejected: tuple[Rejected, ...] = ()
+
+
+Framing = Callable[[Posted], Framed]
+"""Raises what `unzip` and `ndjson` raise, and NotFound for a partition that there is not. May be called in an executor."""
+
+
+def own(posted: Posted) -> Framed:
+    """NDJSON, JSON and CloudEvents, by the Content-Type."""
+    content_type = posted.headers.get(b"content-type", b"").decode("latin-1")
+    lines = ndjson(posted.body, content_type, events_max=posted.events_max)
+    field = posted.field
+    if posted.device is None and not posted.field_given:
+        field = device_field(lines, content_type, field)
+    return Framed(lines, field, posted.device)
+
+
+class Intake(Protocol):
+    """What takes batches in."""
+
+    def post(self, request: Request, device: str | None, reply: Reply, framing: Framing = own) -> None:
+        """Store the events of this request; `device` is the path's. Replies when they are durable, or refused."""
+        ...
