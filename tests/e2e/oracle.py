@@ -78,7 +78,7 @@ def problems(store: Path, partitions: int, lanes: Iterable[Lane], fields: Sequen
 
 
 def _device(event: bytes, fields: Sequence[str]) -> str:
-    content = json.loads(event)
+    content = json.loads(event, parse_int=str)  # of any number of digits
     return str(next(content[field] for field in fields if field in content))
 
 
