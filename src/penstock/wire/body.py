@@ -35,8 +35,10 @@ _RAW = msgspec.json.Decoder(msgspec.Raw)
 _RAWS = msgspec.json.Decoder(list[msgspec.Raw])
 _LINE_FEEDS = bytes.maketrans(b"\r\n", b"  ")
 _CHARSET = re.compile(r';\s*charset\s*=\s*"?([^";]*)', re.IGNORECASE)
-# Strings and lists of plain values whole, so that only what makes up the depth is looked at one by one.
-_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|\[[^\[\]{}"]*+\]|[\[\]{},]', re.DOTALL)
+# Strings whole, and lists and objects that hold no other, so that only what makes up the depth is looked at one by one.
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_PLAIN = rb'(?:[^\[\]{}"]++|%b)*+' % _STRING
+_STRUCTURE = re.compile(rb"%b|\[%b\]|\{%b\}|[\[\]{},]" % (_STRING, _PLAIN, _PLAIN), re.DOTALL)
 _GZIP = b"\x1f\x8b"
 _COMMAS_AT_ONCE = 1 << 19
 _WINDOW_BYTES_MAX = 1 << 27
