@@ -53,6 +53,8 @@ def made_right(request: requests.PreparedRequest, case: Case) -> requests.Prepar
         number = re.search(";epoch=.*sha256=", headers.get("penstock-producer", ""))
         sent = f"case-{next(CASES)}{number[0]}{hashlib.sha256(body).hexdigest()}" if number else None
         request.prepare_headers(with_header(request, "Penstock-Producer", sent))
+        if "idempotency-key" in headers:  # not with a number, and not one that other bytes have had
+            request.prepare_headers(with_header(request, "Idempotency-Key", None if sent else f"case-{next(CASES)}"))
     if "penstock-group" in headers:
         # A group of its own, that no other case has shut out, and no further than the log may be.
         epoch = re.search(";epoch=[0-9]+;", headers["penstock-group"])

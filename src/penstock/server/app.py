@@ -21,7 +21,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from urllib.parse import unquote_to_bytes
 
 import uvloop
@@ -146,7 +146,7 @@ def routes(
         Route(b"POST", b"/v1/cut", run(reads.cut), admin, manage, told.CUT),
         Route(b"DELETE", b"/v1/groups/{group}", run(reads.forget), admin, manage, told.FORGET),
         *(_of_units(units, run) if units is not None else ()),
-        *(Route(b"POST", path, action, listen, send) for path, action in EventHubs(ingest).paths()),
+        *(Route(b"POST", path, action, listen, send, about) for path, action, about in EventHubs(ingest).paths()),
     )
 
 

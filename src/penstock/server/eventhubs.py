@@ -17,8 +17,10 @@ from zlib import crc32
 import msgspec
 
 from penstock.errors import BadHeader, EmptyBatch, MalformedBody, NotFound
+from penstock.server import eventhubs_told as told
 from penstock.server.framing import Framed, Intake, Posted
 from penstock.server.message import Reply, Request, Response
+from penstock.server.openapi import Operation
 from penstock.wire.body import ndjson, one_line, too_many
 from penstock.wire.route import DEVICE_BYTES_MAX, PROPERTIES, Rejected, is_device
 
@@ -71,16 +73,17 @@ class EventHubs:
         self._intake = intake
         self._turns = itertools.count()  # taken by the loop's thread and the executor's: next() is atomic
 
-    def paths(self) -> Iterator[tuple[bytes, Action]]:
-        """Each with its action. The documentation's own example of a publisher writes it in the singular."""
-        yield b"/{hub}/messages", lambda request, _, reply: self._post(request, None, None, reply)
+    def paths(self) -> Iterator[tuple[bytes, Action, Operation]]:
+        """Each with its action and what is told of it. The documentation's own example of a publisher writes it in the singular."""
+        yield b"/{hub}/messages", lambda request, _, reply: self._post(request, None, None, reply), told.SEND
         yield (
             b"/{hub}/partitions/{n}/messages",
             lambda request, names, reply: self._post(request, None, names[1], reply),
+            told.SEND_TO_PARTITION,
         )
-        for publishers in (b"publishers", b"publisher"):
+        for publishers, about in ((b"publishers", told.SEND_AS_PUBLISHER), (b"publisher", told.SEND_AS_ONE)):
             path = b"/{hub}/%b/{device}/messages" % publishers
-            yield path, lambda request, names, reply: self._post(request, names[1], None, reply)
+            yield path, lambda request, names, reply: self._post(request, names[1], None, reply), about
 
     def _post(self, request: Request, device: str | None, partition: str | None, reply: Reply) -> None:
         def answered(response: Response) -> None:

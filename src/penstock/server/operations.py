@@ -49,6 +49,7 @@ from penstock.server.status import GroupStatus, PartitionStatus, RetentionStatus
 from penstock.server.units import UNITS_MOST, Throughput
 
 _JSON, _NDJSON, _FRAMES = "application/json", "application/x-ndjson", "application/vnd.penstock.frames"
+_CLOUDEVENTS: Final = "application/cloudevents-batch+json"
 _DEVICE_ID: Final = "^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$"
 _AT: Final = "2026-11-22T14:03:21.123Z"
 _SHA256: Final = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -67,6 +68,17 @@ _EVENT_OF_DEVICE: Final[Schema] = {
     "description": "One event of the path's device, which it need not name; if it does, it must be that one.",
     "properties": {"receivedAt": False},
 }
+_CLOUD_EVENT: Final[Schema] = {
+    "type": "object",
+    "description": "A CloudEvent, kept as the bytes it came in. Its device is the first of `deviceId`, `deviceid`, `subject` and `source` "
+    "that the first event of the batch has.",
+    "properties": {
+        "specversion": {"const": "1.0"},
+        "deviceId": {"type": "string", "pattern": _DEVICE_ID},
+        "receivedAt": False,
+    },
+    "required": ["specversion", "id", "source", "type", "deviceId"],
+}
 _LINE: Final = {"deviceId": "d-1", "temperature": 21.4}
 
 _BATCH: Final = (
@@ -77,6 +89,21 @@ _BATCH: Final = (
         "stored once, however often it is sent. `sha256` is of the body as sent; `after`, the last that was answered, may be left out.",
         {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64};epoch=[0-9]{1,9};sequence=[1-9][0-9]{0,17};sha256=[0-9a-f]{64}$"},
         f"gateway-7;epoch=1;sequence=4711;after=4710;sha256={_SHA256}",
+    ),
+    Parameter(
+        "Idempotency-Key",
+        "header",
+        "The same for clients that keep no numbers: the same key with the same bytes is stored once within a day, and with other bytes "
+        "refused. Not together with `Penstock-Producer`.",
+        {"type": "string", "pattern": "^[!-~]{1,255}$"},
+        "8e03978e-40d5-43dd-bc93-6894a57f9324",
+    ),
+    Parameter(
+        "traceparent",
+        "header",
+        "W3C Trace Context: the trace id stands in the answer to a refused request, and in the log.",
+        _TEXT,
+        "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     ),
     Parameter(
         "Penstock-Device-Field",
@@ -143,7 +170,14 @@ SEND: Final = Operation(
     "On disk.",
     (Body(_JSON, Stored, _STORED),),
     parameters=_BATCH,
-    bodies=_bodies(_EVENT, _LINE),
+    bodies=(
+        *_bodies(_EVENT, _LINE),
+        Body(
+            _CLOUDEVENTS,
+            {"type": "array", "minItems": 1, "items": _CLOUD_EVENT},
+            [{"specversion": "1.0", "id": "1", "source": "/site-a", "type": "reading", **_LINE}],
+        ),
+    ),
     errors=_BATCH_ERRORS,
 )
 SEND_OF_DEVICE: Final = SEND._replace(
