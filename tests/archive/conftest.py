@@ -10,15 +10,17 @@ import msgspec
 import pytest
 
 from penstock.archive.archiver import Archiver
-from penstock.archive.check import Report, audit, verify
+from penstock.archive.begin import start
+from penstock.archive.check import audit, verify
 from penstock.archive.cut import period_start_ms
 from penstock.archive.ledger import Ledger, Record, claim
+from penstock.archive.report import Report
 from penstock.blobs import BlobStore
 from penstock.clock import Clock
 from penstock.errors import StoreUnavailable
 from penstock.files import Files
 from penstock.processor import CloseReason
-from penstock.processor.lease import Lease, encode_lease, lease_name
+from penstock.processor.lease import Lease, Start, encode_lease, lease_name
 from penstock.testing import FakeClock, MemoryBlobs, MemoryHub, MemoryLog
 
 PERIOD_S = 10
@@ -87,6 +89,14 @@ class Rig:
             log=self.log,
         )
 
+    def start(self, partition: int = 0, *, store: BlobStore | None = None) -> Start:
+        """Where a lease begins that is not there."""
+        return start(store or self.store, self.hub, partition, host="a", clock=self.clock)
+
+    def begin(self, partition: int = 0, *, store: BlobStore | None = None) -> None:
+        """Whoever finds no lease begins there."""
+        self.checkpoints[partition] = self.start(partition, store=store).offset
+
     def run(
         self,
         partition: int = 0,
@@ -128,7 +138,8 @@ class Rig:
         self.store.create(name, body, id="a")
 
     def records(self, partition: int = 0) -> list[Record]:
-        return list(Ledger(self.store, self.hub.id, partition).chain(0))
+        """Of files. The chain begins at 0, whatever a gap says."""
+        return [link for link in Ledger(self.store, self.hub.id, partition).chain(0) if isinstance(link, Record)]
 
     def archived(self, partition: int = 0) -> list[bytes]:
         return [

@@ -88,7 +88,8 @@ DAMAGE: list[tuple[str, Callable[[Rig], object], str]] = [
     ("a file is too many", lambda rig: rig.replace("0/2026-11-22T13.json.gz", b"x"), "no record in the ledger"),
     ("a partition is too many", lambda rig: rig.replace("7/2026-11-22T14.json.gz", b"x"), "no record in the ledger"),
     ("a record is missing", lambda rig: rig.store.delete(record_name(0, 63)), "no record for 63 to 66"),
-    ("the first record is missing", lambda rig: rig.store.delete(record_name(0, 0)), "no record in the ledger"),
+    ("the first record is missing", lambda rig: rig.store.delete(record_name(0, 0)), "no record for 0 to 63"),
+    ("the first file has no record", lambda rig: rig.store.delete(record_name(0, 0)), "no record in the ledger"),
     ("the last record is missing", lambda rig: rig.store.delete(record_name(0, 71)), "beyond the ledger's end"),
     ("a record is unreadable", lambda rig: rig.replace(record_name(0, 63), b"{"), "cannot be read"),
     ("a record ends too early", lambda rig: rig.rewrite(record_name(0, 63), next=65), "no record for 65 to 66"),
@@ -215,9 +216,22 @@ def test_a_store_that_nobody_claimed_has_everything_pending(rig: Rig) -> None:
     assert (report.totals.accepted, report.totals.pending, report.totals.archived) == (3, 3, 0)
 
 
+def begin_late(rig: Rig) -> None:
+    """Events were accepted and are gone, in one hour that is not archived at all and in the first that is."""
+    rig.put(5)
+    rig.close_hour()
+    rig.put(2)
+    rig.put(1)
+    rig.hub.trim(0, before="7")
+    rig.begin()
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("moment", range(1, 40))
-def test_events_that_come_in_meanwhile_do_not_matter(rig: Rig, moment: int) -> None:
+def test_events_that_come_in_meanwhile_do_not_matter(rig: Rig, moment: int, late: bool) -> None:
     """At any of its steps, the audited system takes in events, closes hours, archives and trims."""
+    if late:
+        begin_late(rig)
     fill(rig)
     rig.put(4)
     steps = 0
@@ -258,6 +272,28 @@ def test_files_are_measured_in_parts(size: int, at_once: int) -> None:
     file = member(plain) + member(b"{}\n") + member(plain)
     found = measure(file[at : at + at_once] for at in range(0, len(file), at_once))
     assert (found.lines, found.raw_bytes) == (3, 2 * size + 3)
+
+
+def test_the_hour_in_which_an_archive_began_is_not_compared_and_the_others_are(rig: Rig) -> None:
+    begin_late(rig)
+    rig.put(1)
+    rig.close_hour()
+    rig.put(3)
+    rig.close_hour()
+    rig.put(2)
+    assert rig.audited().problems == [], "no file yet"
+    rig.run()
+    assert rig.audited().problems == []
+    assert [(row.hour[-2:], row.accepted, row.logged) for row in rig.audited().rows] == [
+        *(("10", 4, 2), ("20", 3, 3), ("30", 2, 2)),
+    ]
+    hours = sorted(rig.hub.counts)
+    rig.hub.counts[hours[2]] -= 1
+    assert "accepted 2, in the log 3" in " ".join(rig.audited().problems)
+    rig.hub.counts[hours[3]] += 1
+    assert len(rig.audited().problems) == 2, "two that make up for each other"
+    rig.hub.counts[hours[3]] += 1
+    assert "15 events are accepted, but the log ends at 14" in " ".join(rig.audited().problems)
 
 
 def test_a_hub_without_an_archiver_misses_no_ledger_behind_its_retention(rig: Rig) -> None:

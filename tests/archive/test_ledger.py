@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from penstock.archive.ledger import HUB_BLOB, Ledger, Record, claim, owner, record_name
+from penstock.archive.ledger import HUB_BLOB, Gap, Ledger, Record, claim, owner, record_name
 from penstock.blobs import Listed
 from penstock.errors import ArchiveError, SettingsError
 from penstock.testing import MemoryBlobs, MemoryHub
@@ -65,14 +65,68 @@ def test_the_chain_is_followed_by_next() -> None:
     assert ledger.tail(20) is None
     assert [each and each.first for each in map(ledger.before, (0, 5, 7, 20))] == [None, 0, 5, 7]
     assert [ledger.before(between) for between in (3, 6, 21)] == [None, None, None]
-    assert ledger.origin(99) == 0
+    assert ledger.last() == ledger.read(7)
 
 
-def test_a_chain_that_began_late_has_a_late_origin() -> None:
-    ledger = Ledger(MemoryBlobs(), HUB, 3)
-    assert ledger.origin(50) == 50
+def gap(first: int, following: int, **changes: object) -> Gap:
+    values: dict[str, object] = {
+        "hub": HUB,
+        "partition": 3,
+        "first": first,
+        "next": following,
+        "offset_next": str(following),
+        "reason": "they were gone",
+        "host": "up",
+        "epoch": 1,
+        "id": f"gap-{first}-{following}",
+        "at": "2026-11-22T15:00:00.012Z",
+    }
+    return Gap(**values | changes)  # type: ignore[arg-type]
+
+
+def test_a_gap_is_as_documented_and_lies_on_the_chain() -> None:
+    store = MemoryBlobs()
+    ledger = Ledger(store, HUB, 3)
+    assert ledger.create(gap(0, 5)) == gap(0, 5)
+    assert store.get(record_name(3, 0)).body == (
+        b'{"hub":"00000000000000000000000000000000","partition":3,"first":0,"next":5,"offset_next":"5",'
+        b'"reason":"they were gone","host":"up","epoch":1,"id":"gap-0-5","at":"2026-11-22T15:00:00.012Z"}'
+    )
     ledger.create(record(5, 7))
-    assert ledger.origin(50) == 5
+    ledger.create(gap(7, 9))
+    assert list(ledger.chain(0)) == [gap(0, 5), record(5, 7), gap(7, 9)]
+    assert (ledger.last(), ledger.before(9), ledger.before(7), ledger.before(5)) == (
+        *(gap(7, 9), gap(7, 9), record(5, 7), gap(0, 5)),
+    )
+
+
+def test_of_a_gap_and_a_file_one_stands() -> None:
+    ledger = Ledger(MemoryBlobs(), HUB, 3)
+    assert ledger.create(gap(0, 5)) == ledger.create(record(0, 9)) == ledger.create(gap(0, 7)) == gap(0, 5)
+    other = Ledger(MemoryBlobs(), HUB, 3)
+    assert other.create(record(0, 9)) == other.create(gap(0, 5)) == record(0, 9)
+
+
+@pytest.mark.parametrize("shown", [(), (0,), (3,), (9,), (0, 3, 7, 9), (99,)])
+def test_the_last_record_is_found_whatever_a_listing_shows(
+    shown: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryBlobs()
+    ledger = Ledger(store, HUB, 3)
+    for first in range(10):
+        ledger.create(gap(first, first + 1) if first in (0, 4) else record(first, first + 1))
+    monkeypatch.setattr(store, "list", lambda prefix: (Listed(record_name(3, first), 0, "") for first in shown))
+    assert ledger.last() == record(9, 10)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hub": "1" * 32}, {"partition": 2}, {"first": 1}, {"next": 0}, {"reason": None}, {"id": 7}]
+)
+def test_a_gap_that_is_not_right_is_an_error(wrong: dict[str, object]) -> None:
+    store = MemoryBlobs()
+    store.create(record_name(3, 0), msgspec.json.encode(msgspec.structs.replace(gap(0, 5), **wrong)), id="")
+    with pytest.raises(ArchiveError):
+        Ledger(store, HUB, 3).read(0)
 
 
 def test_before_walks_when_the_listing_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from penstock.archive.archiver import archivers
+from penstock.archive.begin import start
 from penstock.archive.check import audit, verify
 from penstock.archive.hours import HourKeeper
-from penstock.archive.ledger import claim, start
+from penstock.archive.ledger import claim
 from penstock.blobs.disk import DiskBlobs
 from penstock.events import Batch, Group
 from penstock.files import Files
@@ -68,6 +69,9 @@ class Machine:
         self.store.delete(name)
         self.store.create(name, encode_lease(Lease(partition, "h", "h-1", 1, offset, int(offset))), id="h-1")
 
+    def start(self, partition: int) -> tuple[str, int]:
+        return start(self.store, self.hub, partition, host="h", clock=self.clock)[:2]
+
     def check(self) -> Any:
         assert verify(self.store).problems == []
         report = audit(self.hub, self.store, deep=True)
@@ -100,7 +104,7 @@ def test_hours_on_a_machine(machine: Machine) -> None:
         machine.archive()
         published += keeper.publish()
         assert machine.check().pending == 0
-        assert [start(machine.store, machine.hub, p)[:2] for p in (0, 1)] == [(at, int(at)) for at in machine.offsets]
+        assert [machine.start(p) for p in (0, 1)] == [(at, int(at)) for at in machine.offsets]
         if hour == 3:
             for partition, offset in enumerate(machine.offsets):
                 machine.hub.trim(partition, before=str(int(offset) - 1))

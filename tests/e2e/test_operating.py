@@ -114,6 +114,25 @@ def test_why_an_hour_is_open_or_waits(make_system: Make) -> None:
     assert host.stop() == 0
 
 
+def test_an_archive_that_is_switched_on_late_says_what_it_has_not(make_system: Make) -> None:
+    system = make_system(partitions=1, period="1s", options=("--archive", "none", "--retention", "2s")).start()
+    send(system)
+    wait_for("retention", lambda: json.loads(system.get("/v1/partitions/0")[1])["first"] == 1000)
+    assert system.stop() == 0
+    del system.options[-4:]
+    system.start()
+    send(system)
+    system.settle()
+    for command in ("verify", "audit"):
+        assert b"partition 0: events 0 to 999 are in no file: events before this" in system.check(command).stdout
+    found = seen(system, "verify")
+    assert [(gap["first"], gap["next"]) for gap in found["gaps"]] == [(0, 1000)]
+    assert (found["totals"]["archived"], found["rows"][0]["files"]) == (1000, 1)
+    (record,) = system.store.glob(f"_ledger/0/{0:020}.json")
+    dumped = json.loads(system.run("dump", str(record)).stdout)
+    assert (dumped["kind"], dumped["content"]["host"], dumped["content"]["next"]) == ("ledger record", "up", 1000)
+
+
 def test_time_left_is_told_by_command_and_api(make_system: Make) -> None:
     system = make_system(partitions=2, options=("--retention", "3d", "--archive", "none")).start()
     send(system)

@@ -21,7 +21,7 @@ import zstandard
 
 from penstock import sas
 from penstock.access import address
-from penstock.archive.ledger import Ledger, Record, owner, record_name
+from penstock.archive.ledger import Gap, Ledger, Record, owner, record_name
 from penstock.client.answers import Again, Settled, reaction
 from penstock.client.records import read_batch
 from penstock.client.transport import Answer
@@ -299,7 +299,7 @@ def ledger(data: bytes) -> None:
         found = Ledger(store, "h", 0).read(7)
     except ArchiveError:
         return
-    assert isinstance(found, Record) and found.first == 7 < found.next
+    assert isinstance(found, Record | Gap) and found.first == 7 < found.next
 
 
 # The client

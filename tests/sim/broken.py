@@ -10,12 +10,16 @@ from unittest.mock import patch
 
 import msgspec
 
+from penstock.archive import begin
 from penstock.archive.archiver import Archiver
 from penstock.archive.cut import ClosedBy, ends
-from penstock.archive.ledger import Record
+from penstock.archive.ledger import Ledger, Record
+from penstock.blobs import BlobStore
+from penstock.clock import Clock
 from penstock.errors import BlobNotFound, StoreUnavailable
 from penstock.events import Frame
-from penstock.processor.lease import Holding
+from penstock.hub import Hub
+from penstock.processor.lease import Holding, Start
 
 
 class Broken(enum.Enum):
@@ -26,6 +30,7 @@ class Broken(enum.Enum):
     OVERWRITES = "a ledger record is overwritten (L2)"
     CUT_BY_CLOCK = "a file ends by the host's clock (L7)"
     FRESH_ETAG = "the lease is read again before the checkpoint (L5)"
+    NO_GAP = "an archive that begins late begins where the log does, and no record says so (L1)"
     UNCONFIRMED = "the next record is begun before the file is confirmed (L4)"
     WALL_CLOCK = "leases expire by the wall clock"
 
@@ -38,6 +43,9 @@ def breaking(broken: Broken | None) -> Iterator[None]:
             undo.enter_context(patch.object(Archiver, "_ends", _ends_by_clock))
         if broken is Broken.FRESH_ETAG:
             undo.enter_context(patch.object(Holding, "checkpoint", _checkpoint_by_fresh_etag(Holding.checkpoint)))
+        if broken is Broken.NO_GAP:
+            undo.enter_context(patch.object(begin, "start", _start_by_listing))
+            undo.enter_context(patch.object(Archiver, "_begin", _begin_with_the_log))
         if broken is Broken.UNCONFIRMED:
             undo.enter_context(patch.object(Archiver, "_put", _put_unconfirmed))
         yield
@@ -48,6 +56,20 @@ def _ends_by_clock(self: Archiver, frame: Frame) -> ClosedBy | None:
         return None
     now = msgspec.structs.replace(frame, enqueued_at_ms=self._clock.now_ms())
     return ends(self._file, now, period_s=self._hub.period_s, file_bytes_max=self._file_bytes_max)
+
+
+def _start_by_listing(store: BlobStore, hub: Hub, partition: int, *, host: str, clock: Clock) -> Start:
+    ledger = Ledger(store, hub.id, partition)
+    listed = ledger.listed()
+    last = ledger.tail(listed[-1] if listed else 0)
+    first = hub.bounds(partition).first
+    return Start(last.offset_next, last.next, last.epoch + 1) if last else Start(str(first), first)
+
+
+def _begin_with_the_log(self: Archiver, first: int) -> None:
+    before = self._ledger.before(first)
+    self._last = before if isinstance(before, Record) else None
+    self._next = first
 
 
 def _checkpoint_by_fresh_etag(checkpoint):  # type: ignore[no-untyped-def]

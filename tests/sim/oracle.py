@@ -5,11 +5,9 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 
-import msgspec
-
 from penstock.archive.check import AuditedHub, audit
 from penstock.archive.cut import hour_name, period_start_ms
-from penstock.archive.ledger import Ledger, Record
+from penstock.archive.ledger import Ledger, Record, decode
 from penstock.processor.lease import Lease, decode_lease
 from penstock.testing import MemoryBlobs
 
@@ -24,8 +22,8 @@ class Violation(BaseException):
 class WatchedBlobs(MemoryBlobs):
     """The store itself, which looks at every write that reaches it, and raises Violation for one that must not be.
 
-    One content for each file; a checkpoint stands where a file ends that is there, is moved by the instance that holds the
-    lease, and never goes back; one owner for each epoch of a lease, which grows when the owner changes.
+    One content for each file; a lease begins where a record ends, its checkpoint moves to where a file ends that is there, is
+    moved by the instance that holds it, and never goes back; one owner for each epoch of a lease, which grows when the owner changes.
     """
 
     def __init__(self) -> None:
@@ -44,8 +42,8 @@ class WatchedBlobs(MemoryBlobs):
         if name.startswith("_leases/"):
             self._check_lease(name, body)
         elif name.startswith("_ledger/"):
-            record = msgspec.json.decode(body, type=Record)
-            self._ends[record.partition, record.next] = record.file
+            record = decode(body)
+            self._ends[record.partition, record.next] = record.file if isinstance(record, Record) else ""
         elif not name.startswith("_") and self._contents.setdefault(name, body) != body:
             lines = [len(gzip.decompress(content).splitlines()) for content in (self._contents[name], body)]
             raise Violation(f"{name} was written with two contents, of {lines[0]} and {lines[1]} events")
@@ -59,6 +57,8 @@ class WatchedBlobs(MemoryBlobs):
             # A lease that was deleted begins a new life. Who claims it may not know how far its epochs were.
             self.epochs_come_again |= (name, new.epoch) in self._owners
             self._owners = {key: owner for key, owner in self._owners.items() if key[0] != name}
+            if new.sequence_number > 0 and (partition, new.sequence_number) not in self._ends:
+                raise Violation(f"a lease begins where no record ends: {new}")
         else:
             self._check_change(decode_lease(there.body, partition), new)
         if new.owner and self._owners.setdefault((name, new.epoch), new.owner) != new.owner:
@@ -91,6 +91,7 @@ def judge(hub: AuditedHub, blobs: MemoryBlobs, logged: Sequence[Sequence[Line]])
         archived = [
             (record.hour, line)
             for record in Ledger(blobs, hub.id, partition).chain(0)
+            if isinstance(record, Record)
             for line in gzip.decompress(blobs.get(record.file).body).splitlines()
         ]
         if archived != lines:

@@ -11,6 +11,9 @@ content of the store, the writes under way, and where each archiver stands. What
 the answers that it had, so it is asked once for each row of answers (`Actor`): the real code runs from its beginning, is given
 these, and stands where it makes one request more. When it reads the log again it has forgotten them, but for what is in its
 fields (`digest`).
+
+In another scene the archive begins late: the log's first event is gone, there is no lease and no record yet, both archivers begin,
+and at any moment the lease is deleted.
 """
 
 from __future__ import annotations
@@ -28,10 +31,11 @@ from unittest.mock import patch
 import pytest
 
 from penstock.archive import archiver as archiver_module
+from penstock.archive import begin as begin_module
 from penstock.archive.archiver import Archiver
 from penstock.archive.cut import OpenFile
 from penstock.archive.hours import ARCHIVE_GROUP
-from penstock.archive.ledger import Ledger, Record, claim
+from penstock.archive.ledger import Gap, Ledger, Record, claim
 from penstock.blobs import Blob, BlobStore, Created, Listed
 from penstock.errors import BlobNotFound, LostRace, StoreUnavailable
 from penstock.events import FrameKind, Slice
@@ -39,6 +43,7 @@ from penstock.processor import CloseReason
 from penstock.processor import lease as lease_module
 from penstock.processor import pump as pump_module
 from penstock.processor.lease import Holding, Lease, Writer, decode_lease, encode_lease, lease_name, take_over
+from penstock.processor.lease import claim as claim_lease
 from penstock.processor.pump import Pump
 from penstock.testing import FakeClock
 from tests.archive.conftest import CountingHub
@@ -60,12 +65,13 @@ NO_ANSWER, LOST = "no answer", "lost"
 
 
 class Log:
-    """The log that is archived; it does not change."""
+    """The log that is archived; it does not change. `blobs` is the store as it is at first, `coming` the writes that land some time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, late: bool) -> None:
         clock = FakeClock(START_MS)
         self.hub = CountingHub(1, clock=clock, period_s=PERIOD_S)
         self.lines: list[Line] = []
+        self.coming: tuple[Request, ...] = (("delete", LEASE),) if late else ()
         for count, then_s in ((2, 0), (1, PERIOD_S), (1, 0)):
             lines = [b'{"deviceId":"d","n":%d}' % (len(self.lines) + n) for n in range(count)]
             self.hub.put(0, lines)
@@ -74,8 +80,12 @@ class Log:
         (self.end,) = self.hub.cut()
         self.blobs = MarkedBlobs()
         claim(self.blobs, self.hub, clock)
-        old = Lease(0, "old", "old-1", 1, "0", 0)
-        self.blobs.create(LEASE, encode_lease(old), id=old.token)
+        if late:
+            self.hub.trim(0, before="2")
+            del self.lines[:2]
+        else:
+            old = Lease(0, "old", "old-1", 1, "0", 0)
+            self.blobs.create(LEASE, encode_lease(old), id=old.token)
 
 
 class MarkedBlobs(WatchedBlobs):
@@ -104,7 +114,7 @@ class MarkedBlobs(WatchedBlobs):
         if operation == "create":
             return (new, True) if isinstance(new.create(name, what[0], id=""), Created) else (self, None)
         if operation == "replace":
-            with suppress(LostRace):
+            with suppress(LostRace, BlobNotFound):
                 return new, new.replace(name, what[0], etag=what[1], id="")
             return self, LOST
         if operation == "put":
@@ -119,7 +129,8 @@ class MarkedBlobs(WatchedBlobs):
             return name not in self._blobs or self._blobs[name].etag != what[1]
         if operation == "get":
             return name.startswith("_ledger/") and name in self._blobs
-        return operation in ("create", "put", "size") and name in self._blobs
+        # A lease may be deleted, and then be created after all.
+        return operation in ("create", "put", "size") and name in self._blobs and name != LEASE
 
     def copy(self) -> MarkedBlobs:
         new = MarkedBlobs()
@@ -328,7 +339,8 @@ class Actor:
         """Where it stands with these answers since that life began."""
         self._answers = iter(answers)
         self._request = None
-        with suppress(Asks), patch.object(archiver_module, "uuid", SimpleNamespace(uuid4=self.id)):
+        uuid = SimpleNamespace(uuid4=self.id)
+        with suppress(Asks), patch.object(archiver_module, "uuid", uuid), patch.object(begin_module, "uuid", uuid):
             self._live(life)
         key = self._request and (self._life, self._ids, tuple(self._known), self._request)
         return self._stands.setdefault(key, Stand(self._request, self._life, tuple(self._heard)))
@@ -348,7 +360,7 @@ class Actor:
             self._heard = []
             self._ids = 0
             try:
-                holding = take(self._store, self._clock, Writer(self.name, f"{self._life}{self.name}"))
+                holding = take(self._feed, self._store, self._clock, Writer(self.name, f"{self._life}{self.name}"))
             except (StoreUnavailable, LostRace):
                 continue
             feed(self._feed, self._store, holding, self._clock, self.name, self._file_bytes_max)
@@ -360,7 +372,7 @@ class Actor:
         self._known = [digest(self._clock.pump)]
 
 
-WHOLE = {type(None), bool, int, float, str, bytes, Lease, Record, OpenFile, CloseReason}
+WHOLE = {type(None), bool, int, float, str, bytes, Lease, Record, Gap, OpenFile, CloseReason}
 FIXED = {SimBlobs, Feed, StillClock, Quiet, SimFiles, PosixPath, Thread, nullcontext, FunctionType, MethodType}
 PARTS = {Pump, Holding, Archiver, Ledger, Writer}
 
@@ -385,9 +397,13 @@ def digest(thing: Any) -> object:
     raise AssertionError(f"a new kind of state, which has to be taken into account: {thing!r}")
 
 
-def take(store: BlobStore, clock: Any, writer: Writer) -> Holding:
+def take(hub: Any, store: BlobStore, clock: Any, writer: Writer) -> Holding:
     """The lease, from whoever has it."""
-    blob = store.get(LEASE)
+    try:
+        blob = store.get(LEASE)
+    except BlobNotFound:
+        begins = begin_module.start(store, hub, 0, host=writer.owner, clock=clock)
+        return claim_lease(store, clock, ARCHIVE_GROUP, 0, writer, start=begins)
     return take_over(store, clock, ARCHIVE_GROUP, decode_lease(blob.body, 0), blob.etag, writer)
 
 
@@ -430,13 +446,13 @@ Trail = tuple[tuple[Any, ...], "Trail"] | None
 class Explorer:
     """Tries everything. `run` returns when nothing is left to try, or raises the Violation that it has found."""
 
-    def __init__(self, faults: int, lives: int, broken: Broken | None) -> None:
+    def __init__(self, faults: int, lives: int, broken: Broken | None, *, late: bool) -> None:
         self.seen: set[State] = set()
         self.tried = 0
         self.ends: set[tuple[MarkedBlobs, tuple[Request, ...]]] = set()
         self._faults = faults
         self._broken = broken
-        self._log = Log()
+        self._log = Log(late=late)
         self._stores = {self._log.blobs.state: self._log.blobs}
         self._actors = [
             Actor(self._log, "A", broken, lives=lives, wall_ms=START_MS, read_bytes=1 << 20, file_bytes_max=1 << 20),
@@ -447,7 +463,8 @@ class Explorer:
 
     def run(self) -> None:
         todo: list[tuple[State, Trail]] = []
-        self._reach(State(self._log.blobs, tuple(actor.begins() for actor in self._actors)), None, todo)
+        stands = tuple(actor.begins() for actor in self._actors)
+        self._reach(State(self._log.blobs, stands, self._log.coming), None, todo)
         while todo:
             state, trail = todo.pop()
             try:
@@ -519,7 +536,8 @@ class Explorer:
         """Both die here. Another archiver completes what is not, then what was under way lands. Raises Violation."""
         blobs: Any = store.copy()
         clock: Any = StillClock(START_MS, self._log.end)
-        feed(self._log.hub, blobs, take(blobs, clock, Writer("last", "last")), clock, "last", 1 << 20)
+        holding = take(self._log.hub, blobs, clock, Writer("last", "last"))
+        feed(self._log.hub, blobs, holding, clock, "last", 1 << 20)
         for request in late:
             blobs, _ = blobs.answer(request)
         judge(self._log.hub, blobs, [self._log.lines])
@@ -531,7 +549,7 @@ def told(trail: Trail) -> Iterator[str]:
         yield " ".join(str(part) for part in trail[0])
 
 
-def explored(faults: int, lives: int, broken: Broken | None = None) -> Explorer:
+def explored(faults: int, lives: int, broken: Broken | None = None, *, late: bool = False) -> Explorer:
     """An explorer that has tried everything. Raises Violation."""
     threads = SimpleNamespace(Thread=Thread, Event=Flag, Lock=nullcontext)
     with (
@@ -539,18 +557,21 @@ def explored(faults: int, lives: int, broken: Broken | None = None) -> Explorer:
         patch.object(lease_module, "threading", threads),
         breaking(broken),
     ):
-        explorer = Explorer(faults, lives, broken)
+        explorer = Explorer(faults, lives, broken, late=late)
         explorer.run()
     return explorer
 
 
-@pytest.mark.parametrize(("faults", "lives"), [(2, 1), (1, 2)])
-def test_no_course_of_things_harms_the_archive(faults: int, lives: int, capsys: pytest.CaptureFixture[str]) -> None:
-    explorer = explored(faults, lives)
+@pytest.mark.parametrize(("faults", "lives", "late"), [(2, 1, False), (1, 2, False), (1, 1, True)])
+def test_no_course_of_things_harms_the_archive(
+    faults: int, lives: int, late: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explorer = explored(faults, lives, late=late)
     with capsys.disabled():
         print(
-            f"\ninterleavings: with at most {faults} faults and {lives} lives there are {len(explorer.seen):,} states and "
-            f"{explorer.tried:,} choices, all tried; if all dies there are {len(explorer.ends):,} different things to complete"
+            f"\ninterleavings{', begun late' if late else ''}: with at most {faults} faults and {lives} lives there are "
+            f"{len(explorer.seen):,} states and {explorer.tried:,} choices, all tried; if all dies there are "
+            f"{len(explorer.ends):,} different things to complete"
         )
     assert len(explorer.ends) > 100
 
@@ -558,4 +579,4 @@ def test_no_course_of_things_harms_the_archive(faults: int, lives: int, capsys: 
 @pytest.mark.parametrize("broken", [broken for broken in Broken if broken is not Broken.WALL_CLOCK])
 def test_a_step_that_is_taken_away_is_missed(broken: Broken) -> None:
     with pytest.raises(Violation):
-        explored(1, 1, broken)
+        explored(1, 1, broken, late=broken is Broken.NO_GAP)

@@ -7,8 +7,11 @@ listings are partial or old, work files cannot be written, logs cannot be read, 
 deletes. How much of each is also decided by the seed. Then all faults end, except that wall clocks go on jumping, and
 everything must come right: see `settle` and `judge`; `WatchedBlobs` looks at every single write.
 
-A seed in which leases are deleted has no retention: a lease that was created when none was there, by a request that landed
-long after its client gave up, may stand before events that retention has deleted since. Then the partition parks.
+In a third of the seeds the archive begins late: of each log the first events are gone, in some partitions all.
+
+Where leases are deleted and retention goes on, a lease that was created when none was there, by a request that landed long after
+its client gave up, may stand before events that retention has deleted since. Then the partition parks, until people delete the
+lease: so they do here. That is in the seeds in which the archive begins late; in the others leases are deleted or events are.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from penstock.archive import archiver
+from penstock.archive import archiver, begin
 from penstock.archive.hours import ARCHIVE_GROUP, manifest_name
 from penstock.archive.ledger import claim
 from penstock.blobs import Listed
@@ -61,6 +64,9 @@ class World:
         self.events = 0
         self.members: list[Member] = []
         self.joined = 0
+        self.began_late = self.random.random() < 1 / 3
+        if self.began_late:
+            self._lose_some()
         claim(self.blobs, self.hub, self.clock)
 
     @property
@@ -86,6 +92,7 @@ class World:
             (60.0, self._leave),
             (90.0, lambda: self.jump(self.clock, "the hub")),
             (60.0, self._delete_lease if self.chaos.deletes else self._trim),
+            *([(30.0, self._trim)] if self.began_late else []),
         ):
             self._now_and_then(mean_s, act)
         self.scheduler.run(self.quiet_at)
@@ -129,6 +136,13 @@ class World:
         """From its end on the hosts have time to even out."""
         self.troubled_until = max(self.troubled_until, self.scheduler.now + lasting_s)
 
+    def behind(self) -> list[int]:
+        """Partitions whose lease stands before the log."""
+        if not (self.began_late and self.chaos.deletes):
+            return []
+        leases = [lease for lease in self._leases() if lease is not None]
+        return [lease.partition for lease in leases if lease.sequence_number < self.hub.bounds(lease.partition).first]
+
     def owners(self) -> list[str]:
         """The instance that holds each lease."""
         return [lease.instance if lease and lease.owner else "" for lease in self._leases()]
@@ -139,6 +153,9 @@ class World:
         balanced = False
         while not (balanced and self._archived()):
             self._pass_time(LEASE_S / 10)
+            for partition in self.behind():
+                self._delete_lease(partition)
+                self.note_trouble()
             since_s = self.scheduler.now - self.troubled_until
             balanced = self._balanced()
             if not balanced and since_s > BALANCED_S:
@@ -176,8 +193,19 @@ class World:
             if lease is not None:
                 self.hub.trim(lease.partition, before=lease.offset)
 
-    def _delete_lease(self) -> None:
-        partition = self.random.choice(self.partitions)
+    def _lose_some(self) -> None:
+        """What came and went before there was an archive."""
+        for partition in self.partitions:
+            for _ in range(self.random.randint(1, 4)):
+                self.put(partition)
+            frames = self.hub.read(partition, "0", bytes_max=1 << 30).frames
+            before = self.random.choice(frames).next
+            self.hub.trim(partition, before=str(before))
+            del self.logged[partition][:before]
+
+    def _delete_lease(self, partition: int | None = None) -> None:
+        if partition is None:
+            partition = self.random.choice(self.partitions)
         self.say("world", f"deletes the lease of {partition}")
         self.blobs.delete(lease_name(ARCHIVE_GROUP, partition))
 
@@ -272,6 +300,7 @@ def simulate(seed: int, *, broken: Broken | None = None, trace: Callable[[str], 
     with (
         simulated_threads(world.scheduler, POLL_S=POLL_S, WAKE_S=LEASE_S),
         patch.object(archiver, "uuid", uuid),
+        patch.object(begin, "uuid", uuid),
         breaking(broken),
     ):
         try:

@@ -13,10 +13,10 @@ For each file, in this order, and after a crash at any step again from the last 
 The next record comes after step 3 (L4). A crash after step 2 or 3 leaves a record at or behind the checkpoint, which the next
 archiver adopts. There is no step that asks whether this host holds the lease: the ledger decides without.
 
-Hour and part of a file follow from its first frame and the record before it (`place`). That record is the one whose `next`
-is the file's `first`: known from the file before, and on start found by `Ledger.before`, in the ledger alone. So every host
-gives the file the same name. If no such record exists, the file must be the first of the log; otherwise the checkpoint
-does not stand where the ledger ends a file, and somebody has removed or replaced data: the partition stops (faults.md, 38).
+Hour and part of a file follow from its first frame and the file before it (`place`). That one is known from before, and on start
+found in the ledger alone: its record is the one whose `next` is the file's `first`, or lies before the gap that ends there. So
+every host gives the file the same name. If no record ends at the checkpoint, which is not 0, then it does not stand where the
+ledger ends anything, and somebody has removed or replaced data: the partition stops (faults.md, 38).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from penstock.archive.cut import (
     opened,
     place,
 )
-from penstock.archive.ledger import Ledger, Record
+from penstock.archive.ledger import Gap, Ledger, Record
 from penstock.blobs import BlobStore
 from penstock.clock import Clock, timestamp
 from penstock.errors import ArchiveError, BlobNotFound, StoreUnavailable
@@ -140,14 +140,17 @@ class Archiver:
 
     def _begin(self, first: int) -> None:
         """The first frame that is read says where the checkpoint stands: files end where frames end."""
-        self._last = self._ledger.before(first)
-        if self._last is None and first != self._hub.bounds(self._partition).first:
+        before = self._ledger.before(first)
+        if before is None and first != 0:
             raise ArchiveError(
-                f"the checkpoint of partition {self._partition} is {first}, but no file in the ledger ends there",
+                f"the checkpoint of partition {self._partition} is {first}, but nothing in the ledger ends there",
                 partition=self._partition,
             )
-        if self._last is not None:
-            self._confirm_last(self._last)
+        while isinstance(before, Gap):
+            before = self._ledger.before(before.first)
+        if before is not None:
+            self._confirm_last(before)
+        self._last = before
         self._next = first
 
     def _confirm_last(self, last: Record) -> None:
@@ -181,7 +184,10 @@ class Archiver:
         """Step 1. Before the first byte is collected it is known whether this file is decided."""
         previous = None if self._last is None else (hour_start_ms(self._last.hour), self._last.part)
         hour_ms, part = place(frame.enqueued_at_ms, self._hub.period_s, previous)
-        self._decided = self._ledger.read(frame.first)
+        decided = self._ledger.read(frame.first)
+        if isinstance(decided, Gap):
+            raise self._passed_over(decided)
+        self._decided = decided
         if self._decided is not None and self._decided.next > self._hub.bounds(self._partition).next:
             raise ArchiveError(
                 f"{self._decided.file} ends at {self._decided.next}, beyond the end of the log",
@@ -204,6 +210,8 @@ class Archiver:
         assert self._file is not None and self._work is not None, "only an open file is closed"
         mine = self._record(self._file, closed_by)
         record = self._decided or self._ledger.create(mine)
+        if isinstance(record, Gap):
+            raise self._passed_over(record)
         if self._decided is None and record.next != mine.next:
             # Another host read a log with other limits, and was faster. Its record stands.
             raise StoreUnavailable(
@@ -230,6 +238,13 @@ class Archiver:
         self._drop()
         self._last = record
         return record.offset_next
+
+    def _passed_over(self, gap: Gap) -> StoreUnavailable:
+        """Of events that this host has read, another found that they were gone. Its record stands, and the lease is not here."""
+        return StoreUnavailable(
+            f"events {gap.first} to {gap.next} of partition {self._partition} are in no file ({gap.reason}): begin again",
+            partition=self._partition,
+        )
 
     def _record(self, file: OpenFile, closed_by: ClosedBy) -> Record:
         hour = hour_name(file.hour_ms, self._hub.period_s)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
-import msgspec
-
 from penstock.archive.cut import hour_name, hour_start_ms, period_start_ms
 from penstock.archive.hours import checkpoint, manifest
-from penstock.archive.ledger import HUB_BLOB, Ledger, Owner, Record, owner
+from penstock.archive.ledger import HUB_BLOB, Gap, Ledger, Link, Owner, Record, owner
+from penstock.archive.report import Report, Row, Rows
 from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, BlobNotFound, FrameDamaged, OffsetTrimmed, SettingsError
 from penstock.events import Frame
@@ -32,69 +31,12 @@ _DATA: Final = re.compile(r"\d+/")
 _MANIFEST: Final = re.compile(r"_hours/(.+)\.json")
 
 
-class Row(msgspec.Struct):
-    """Events of one hour and partition. `accepted` and `logged` are null where nothing is left to compare with."""
-
-    hour: str
-    partition: int
-    accepted: int | None = None
-    logged: int | None = None
-    archived: int = 0
-    pending: int = 0
-    files: int = 0
-    raw_bytes: int = 0
-
-
-class Totals(msgspec.Struct):
-    """Sums over all rows."""
-
-    accepted: int = 0
-    logged: int = 0
-    archived: int = 0
-    pending: int = 0
-    files: int = 0
-    raw_bytes: int = 0
-
-
-class Report(msgspec.Struct):
-    """What a check found: `ok` if and only if there is no problem. `pending`: in no file yet, which is no problem."""
-
-    ok: bool
-    problems: list[str]
-    rows: list[Row]
-    totals: Totals
-
-
 class AuditedHub(Hub, Protocol):
     """A hub that counts what it accepted apart from what it stores."""
 
     def accepted(self) -> Iterable[tuple[int, int, int]]:
         """(start of the period in ms, partition, events accepted in it) for all time, as of one moment."""
         ...
-
-
-class Rows:
-    """Rows by hour and partition, made when they are first asked for."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[str, int], Row] = {}
-
-    def at(self, hour: str, partition: int) -> Row:
-        return self._rows.setdefault((hour, partition), Row(hour, partition))
-
-    def add(self, record: Record, *, file_present: bool = True) -> None:
-        row = self.at(record.hour, record.partition)
-        if file_present:
-            row.archived += record.events
-            row.files += 1
-            row.raw_bytes += record.raw_bytes
-        else:
-            row.pending += record.events
-
-    def report(self, problems: list[str]) -> Report:
-        rows = [row for _, row in sorted(self._rows.items())]
-        totals = Totals(**{name: sum(getattr(row, name) or 0 for row in rows) for name in Totals.__struct_fields__})
-        return Report(not problems, list(dict.fromkeys(problems)), rows, totals)
 
 
 def verify(store: BlobStore) -> Report:
@@ -107,10 +49,14 @@ def verify(store: BlobStore) -> Report:
     names = [blob.name for blob in store.list("")]
     found: list[tuple[Record, bool]] = []
     hours: dict[str, list[Record]] = {}
+    gaps: list[Gap] = []
     for partition in range(known.partitions):
         done = checkpoint(store, partition)
         records = _ledger(store, known, partition, problems)
         for record in records:
+            if isinstance(record, Gap):
+                gaps.append(record)
+                continue
             hours.setdefault(record.hour, []).append(record)
             found.append((record, record is records[-1] and done is not None and done <= record.first))
         if done is not None and records and done > records[-1].next:
@@ -121,7 +67,7 @@ def verify(store: BlobStore) -> Report:
     files = {record.file for record, _ in found}
     problems += [f"{name}: no record in the ledger" for name in names if _DATA.match(name) and name not in files]
     _manifests(store, known, names, hours, problems)
-    return rows.report(problems)
+    return rows.report(problems, gaps)
 
 
 def _owner(store: BlobStore, problems: list[str]) -> Owner | None:
@@ -135,36 +81,43 @@ def _owner(store: BlobStore, problems: list[str]) -> Owner | None:
     return known
 
 
-def _ledger(store: BlobStore, known: Owner, partition: int, problems: list[str]) -> list[Record]:
+def _ledger(store: BlobStore, known: Owner, partition: int, problems: list[str]) -> list[Link]:
     """All records of a partition in order. Where the chain is broken, it goes on at the next that is listed."""
     ledger = Ledger(store, known.hub, partition)
     listed = ledger.listed()
-    records: list[Record] = []
+    records: list[Link] = []
     read: set[int] = set()
+    reached = 0
+    before: Record | None = None
     for first in (0, *listed):
-        if records and first < records[-1].next:
+        if first < reached:
             if first not in read:
                 problems.append(f"partition {partition}: the record at {first} lies inside of the file before it")
             continue
         try:
             for record in ledger.chain(first):
-                if record.first == first and records:
-                    problems.append(f"partition {partition}: no record for {records[-1].next} to {first}")
-                problems += _contradictions(records[-1] if records else None, record, known)
+                if record.first != reached:
+                    problems.append(f"partition {partition}: no record for {reached} to {record.first}")
+                    before = None
+                if isinstance(record, Record):
+                    problems += _contradictions(before, record, known)
+                    before = record
                 records.append(record)
                 read.add(record.first)
+                reached = record.next
         except ArchiveError as error:
             problems.append(str(error))
     return records
 
 
 def _contradictions(before: Record | None, record: Record, known: Owner) -> Iterator[str]:
+    """`before`: the file before it on the chain."""
     start_ms = hour_start_ms(record.hour)
     if hour_name(start_ms, known.period) != record.hour or period_start_ms(start_ms, known.period) != start_ms:
         yield f"{record.file}: {record.hour} is not the start of a period of {known.period} s"
     if record.events != record.next - record.first:
         yield f"{record.file}: {record.events} events from {record.first} to {record.next}"
-    if before is None or before.next != record.first:
+    if before is None:
         return
     if record.hour < before.hour:
         yield f"{record.file}: its hour is before that of {before.file}"
@@ -233,7 +186,7 @@ def audit(hub: AuditedHub, store: BlobStore, *, deep: bool = False, archived: bo
         part.check(bounds[partition].next, rows)
     if deep and known is not None:
         problems += verify(store).problems
-    return rows.report(problems)
+    return rows.report(problems, [record for links in records for record in links if isinstance(record, Gap)])
 
 
 class _Partition:
@@ -243,7 +196,7 @@ class _Partition:
         self,
         hub: AuditedHub,
         partition: int,
-        records: list[Record],
+        records: list[Link],
         accepted: dict[str, int],
         deep: bool,
         archived: bool,
@@ -251,7 +204,8 @@ class _Partition:
     ) -> None:
         self._hub = hub
         self._partition = partition
-        self._records = records
+        self._records = [record for record in records if isinstance(record, Record)]
+        self._blurred = {hour for hour in accepted if _may_miss(records, hour)}
         self._tail = records[-1].next if records else 0
         self._accepted = accepted
         self._deep = deep
@@ -278,17 +232,31 @@ class _Partition:
                 self._compare(row)
 
     def _end(self, next_before: int) -> int:
-        """How far the log was when `accepted` was read: the events before its first hour, and those that it counts."""
+        """How far the log was when `accepted` was read: the events before its first hour, and those that it counts.
+
+        How many events of an hour are in a gap nobody knows, so counting begins behind the last such hour.
+        """
         if not self._archived:
             return next_before
-        oldest = min(self._accepted, default="~")
-        end = max((r.next for r in self._records if r.hour < oldest), default=0) + sum(self._accepted.values())
+        blurred = max(self._blurred, default="")
+        counted = {hour: events for hour, events in self._accepted.items() if hour > blurred}
+        end = self._first_behind(blurred) if blurred else self._archived_before(min(counted, default="~"))
+        end += sum(counted.values())
         next_after = self._hub.bounds(self._partition).next
         if not next_before <= end <= next_after:
             self._say(f"{end} events are accepted, but the log ends at {next_after}")
         if self._tail > next_after:
             self._say(f"the ledger ends at {self._tail}, beyond the end of the log, {next_after}")
         return min(max(end, next_before), next_after)
+
+    def _archived_before(self, hour: str) -> int:
+        return max((record.next for record in self._records if record.hour < hour), default=0)
+
+    def _first_behind(self, hour: str) -> int:
+        """The first event of a later hour. What no record has yet is still in the log."""
+        end_ms = hour_start_ms(hour) + self._hub.period_s * 1000
+        archived = (record.first for record in self._records if record.hour > hour)
+        return next(archived, None) or int(self._hub.locate(self._partition, end_ms))
 
     def _read(self, end: int) -> tuple[dict[str, int], dict[str, int]]:
         """Events in the log and those not archived, by hour. Of what retention has deleted, the ledger tells."""
@@ -334,13 +302,26 @@ class _Partition:
     def _compare(self, row: Row) -> None:
         if not self._archived:  # without a ledger nobody knows where in an hour retention or this moment cuts the log
             return
-        if row.accepted != row.logged:
+        if row.accepted != row.logged and row.hour not in self._blurred:
             self._say(f"{row.hour}: accepted {row.accepted}, in the log {row.logged}")
         if row.logged != row.archived + row.pending:
             self._say(f"{row.hour}: in the log {row.logged}, archived {row.archived} and pending {row.pending}")
 
     def _say(self, problem: str) -> None:
         self._problems.append(f"partition {self._partition}: {problem}")
+
+
+def _may_miss(records: Sequence[Link], hour: str) -> bool:
+    """Whether events of the hour may be in a gap: those of a gap are of the hours from the file before it to the file behind it."""
+    before, gap = "", False
+    for record in records:
+        if isinstance(record, Gap):
+            gap = True
+            continue
+        if gap and before <= hour <= record.hour:
+            return True
+        before, gap = record.hour, False
+    return gap and before <= hour
 
 
 class _Ranges:

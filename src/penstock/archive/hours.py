@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from penstock.archive.cut import hour_start_ms
-from penstock.archive.ledger import Ledger, Record
+from penstock.archive.ledger import Gap, Ledger, Record
 from penstock.blobs import BlobStore, Exists
 from penstock.errors import ArchiveError, SettingsError
 from penstock.hub import Hub
@@ -72,17 +72,16 @@ def manifest(hub_id: str, hour: str, records: list[Record]) -> bytes:
 
 
 class HourRecords(NamedTuple):
-    """What a ledger has of an hour: its records, the last one before it, and the first one behind it."""
+    """What a ledger has of an hour: its records, and the first one behind it.
 
-    before: Record | None
+    `gaps` lie between the last file before the hour and the first one behind: their events may have been of the hour. `next`: up to
+    where the chain was followed; None if there is none.
+    """
+
     records: list[Record]
     later: Record | None
-
-    @property
-    def tail(self) -> int | None:
-        """Up to where the chain was followed; None if there is none."""
-        last = self.later or (self.records[-1] if self.records else self.before)
-        return last.next if last else None
+    gaps: list[Gap]
+    next: int | None
 
     @property
     def whole(self) -> bool:
@@ -90,8 +89,8 @@ class HourRecords(NamedTuple):
         return self.later is not None or bool(self.records and self.records[-1].closed_by == "time")
 
 
-def find_hour(ledger: Ledger, start_ms: int, *, log_first: int | None) -> HourRecords:
-    """The records of the hour that begins then. `log_first`: where the log begins, if the hub can be asked.
+def find_hour(ledger: Ledger, start_ms: int) -> HourRecords:
+    """The records of the hour that begins then.
 
     Halves the listed records to where the hour must begin, and from there follows the chain: a listing is a hint.
     """
@@ -100,21 +99,24 @@ def find_hour(ledger: Ledger, start_ms: int, *, log_first: int | None) -> HourRe
     while low < high:
         middle = (low + high) // 2
         record = ledger.read(listed[middle])
-        if record is not None and hour_start_ms(record.hour) < start_ms:
+        if isinstance(record, Record) and hour_start_ms(record.hour) < start_ms:
             low = middle + 1
         else:
             high = middle
-    origin = ledger.origin(min(listed, default=0) if log_first is None else log_first)
-    before: Record | None = None
     records: list[Record] = []
-    for record in ledger.chain(listed[low - 1] if low else origin):
-        if hour_start_ms(record.hour) > start_ms:
-            return HourRecords(before, records, record)
-        if hour_start_ms(record.hour) == start_ms:
+    gaps: list[Gap] = []
+    reached: int | None = None
+    for record in ledger.chain(listed[low - 1] if low else 0):
+        reached = record.next
+        if isinstance(record, Gap):
+            gaps.append(record)
+        elif hour_start_ms(record.hour) > start_ms:
+            return HourRecords(records, record, gaps, reached)
+        elif hour_start_ms(record.hour) == start_ms:
             records.append(record)
         else:
-            before = record
-    return HourRecords(before, records, None)
+            gaps.clear()
+    return HourRecords(records, None, gaps, reached)
 
 
 def checkpoint(store: BlobStore, partition: int, group: str = ARCHIVE_GROUP) -> int | None:
@@ -149,9 +151,8 @@ class HourKeeper:
     that is not there yet. Several hosts may do the same at the same time.
 
     Every host publishes the hours in their order, so when it starts it goes on behind the last one that a listing shows. Where in
-    a ledger that is, a listing may say wrongly: too early, and records of published hours come again, which are passed over;
-    too late (the chain does not begin at 0, and the listing hides where it does), and no record is found there, so that what was
-    followed does not reach the checkpoint: then nothing is published, and the next call starts anew.
+    a ledger that is, a listing may say too early; then records of published hours come again, which are passed over. What was
+    followed must reach the checkpoint; if it does not, because records are gone, nothing is published and the next call starts anew.
     """
 
     def __init__(self, hub: Hub, store: BlobStore, *, group: str = ARCHIVE_GROUP) -> None:
@@ -205,12 +206,12 @@ class HourKeeper:
         assert self._cursors is not None, "_resume sets it"
         for partition, first in self._cursors.items():
             for record in self._ledger(partition).chain(first):
-                if manifest_name(record.hour) > self._published:
+                if isinstance(record, Record) and manifest_name(record.hour) > self._published:
                     self._pending.setdefault(record.hour, []).append(record)
                 self._cursors[partition] = record.next
 
     def _check_reached(self, done: list[int]) -> None:
-        """Every checkpoint stands where a record ends, or where the archive begins: who does not get there did not see all."""
+        """Every checkpoint stands where a record ends, or at 0: who does not get there did not see all."""
         assert self._cursors is not None, "called behind _follow"
         for partition, number in enumerate(done):
             reached = self._cursors[partition]
@@ -232,9 +233,9 @@ class HourKeeper:
         ledger = self._ledger(partition)
         for number in reversed(ledger.listed()):
             record = ledger.read(number)
-            if record is not None and manifest_name(record.hour) <= self._published:
+            if isinstance(record, Record) and manifest_name(record.hour) <= self._published:
                 return record.next
-        return ledger.origin(self._hub.bounds(partition).first)
+        return 0
 
     def _ledger(self, partition: int) -> Ledger:
         return Ledger(self._store, self._hub.id, partition)

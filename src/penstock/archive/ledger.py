@@ -2,18 +2,19 @@
 
 For each partition the ledger is a chain: the record at `first` names `next`, and so the name of the record behind it, before
 anyone knows what that will say. Records are created create-only and never changed, therefore at most one stands under each
-name, whoever wanted which; and because one is created only by an archiver that has read (or made) the record before it, all
-records of a partition lie on one chain without gaps or overlaps.
+name, whoever wanted which; and because the chain begins at 0, and a record behind it is created only by one that has read (or
+made) the record before, all records of a partition lie on one chain without holes or overlaps. Events that no file holds, such
+as those that were gone when the archive began, have a record too: a gap says which and why (begin.py makes the first).
 
-What follows for readers: *any* record of a partition that a `get` returns is on the chain. So a listing may be used to find
-a place to begin, as a hint that a `get` proves; going on is always by `next`.
+What follows for readers: *any* record of a partition that a `get` returns is on the chain, and where there is none at 0 there
+is none at all. So a listing may be used to find a place to begin, as a hint that a `get` proves; going on is always by `next`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -22,7 +23,6 @@ from penstock.blobs import BlobStore, Exists
 from penstock.clock import Clock, timestamp
 from penstock.errors import ArchiveError, BlobNotFound, SettingsError
 from penstock.hub import Hub
-from penstock.processor.lease import Start
 
 HUB_BLOB: Final = "_hub.json"
 _RECORD_NAME: Final = re.compile(r"_ledger/\d+/(\d{20})\.json")
@@ -49,6 +49,32 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     at: str
 
 
+class Gap(msgspec.Struct, frozen=True, gc=False):
+    """Events `[first, next)` of a partition that are in no hour file, and why (docs/formats.md).
+
+    `host` and `epoch` are those under which it was made: empty and 0 where nobody had the partition's lease yet.
+    """
+
+    hub: str
+    partition: int
+    first: int
+    next: int
+    offset_next: str
+    reason: str
+    host: str
+    epoch: int
+    id: str
+    at: str
+
+
+Link: TypeAlias = Record | Gap
+"""A record of a chain. Only a gap has a reason."""
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    reason: object = msgspec.UNSET
+
+
 class Owner(msgspec.Struct, frozen=True):
     """`_hub.json`: whose store this is. `period` in seconds."""
 
@@ -60,6 +86,12 @@ class Owner(msgspec.Struct, frozen=True):
 
 def record_name(partition: int, first: int) -> str:
     return f"_ledger/{partition}/{first:020}.json"
+
+
+def decode(body: bytes) -> Link:
+    """A record of either kind. Raises what msgspec raises."""
+    is_gap = msgspec.json.decode(body, type=_Kind).reason is not msgspec.UNSET
+    return msgspec.json.decode(body, type=Gap) if is_gap else msgspec.json.decode(body, type=Record)
 
 
 def claim(store: BlobStore, hub: Hub, clock: Clock) -> None:
@@ -104,16 +136,16 @@ class Ledger:
         self._hub_id = hub_id
         self._partition = partition
 
-    def read(self, first: int) -> Record | None:
-        """The record of the file that begins at `first`; None if that is undecided. Raises ArchiveError if it is not right."""
+    def read(self, first: int) -> Link | None:
+        """The record at `first`; None if it is undecided what comes there. Raises ArchiveError if it is not right."""
         try:
             blob = self._store.get(record_name(self._partition, first))
         except BlobNotFound:
             return None
         return self._checked(blob.body, first)
 
-    def create(self, record: Record) -> Record:
-        """Decide a file, or learn how it was decided: returns the record that stands, `record` or another's.
+    def create(self, record: Link) -> Link:
+        """Decide what comes there, or learn how it was decided: returns the record that stands, `record` or another's.
 
         To be called only by one that knows the record before (L1) and has confirmed its file (L4).
         """
@@ -121,20 +153,25 @@ class Ledger:
         answer = self._store.create(name, msgspec.json.encode(record), id=record.id)
         return self._checked(answer.blob.body, record.first) if isinstance(answer, Exists) else record
 
-    def chain(self, first: int) -> Iterator[Record]:
+    def chain(self, first: int) -> Iterator[Link]:
         """The record at `first` and all behind it."""
         while (record := self.read(first)) is not None:
             yield record
             first = record.next
 
-    def tail(self, first: int) -> Record | None:
+    def tail(self, first: int) -> Link | None:
         """The last record of the chain from `first` on; None if there is none at `first`."""
         last = None
         while (record := self.read(first)) is not None:
             last, first = record, record.next
         return last
 
-    def before(self, first: int) -> Record | None:
+    def last(self) -> Link | None:
+        """The last record of the whole chain; None if it has none. A listing only shortens the way to it."""
+        listed = self.listed()
+        return (self.tail(listed[-1]) if listed else None) or self.tail(0)
+
+    def before(self, first: int) -> Link | None:
         """The record whose `next` is `first`; None if there is none.
 
         Unique, since all records are on one chain. Found from the nearest earlier record that a listing shows, and if the
@@ -156,47 +193,24 @@ class Ledger:
         matches = [_RECORD_NAME.fullmatch(blob.name) for blob in blobs]
         return sorted(int(match[1]) for match in matches if match)
 
-    def origin(self, log_first: int) -> int:
-        """Where the chain begins: 0, or the first event that the log held when the archive began. `log_first`: holds now."""
-        return 0 if self.read(0) is not None else min((*self.listed(), log_first))
-
     def _hints(self, first: int) -> list[int]:
         return [max(earlier)] if (earlier := [n for n in self.listed() if n < first]) else []
 
-    def _checked(self, body: bytes, first: int) -> Record:
+    def _checked(self, body: bytes, first: int) -> Link:
         name = record_name(self._partition, first)
         try:
-            record = msgspec.json.decode(body, type=Record)
+            record = decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ArchiveError(f"{name} cannot be read: {error}", record=name) from error
         if (record.hub, record.partition, record.first) != (self._hub_id, self._partition, first):
             raise ArchiveError(
                 f"{name} is of hub {record.hub}, partition {record.partition}, {record.first}", record=name
             )
-        hour_start_ms(record.hour)
-        if (
-            record.next <= first
-            or record.part < 0
-            or record.file != file_name(record.partition, record.hour, record.part)
-        ):
+        if record.next <= first or (isinstance(record, Record) and not _names_its_file(record)):
             raise ArchiveError(f"{name} contradicts itself", record=name)
         return record
 
 
-def start(store: BlobStore, hub: Hub, partition: int) -> Start:
-    """Where a lease begins that does not exist: at the end of what the ledger has decided, in an epoch behind the last that it names.
-
-    All files but the last are confirmed (L4). If the last one is missing, its writer died between record and file; then
-    the lease begins at that file, and whoever holds it adopts the record and writes the file.
-    """
-    ledger = Ledger(store, hub.id, partition)
-    log_first = hub.bounds(partition).first
-    listed = ledger.listed()
-    last = ledger.tail(listed[-1] if listed else 0)
-    if last is None:
-        return Start(str(log_first), log_first)
-    try:
-        store.size(last.file)
-    except BlobNotFound:
-        return Start(str(last.first), last.first, last.epoch + 1)
-    return Start(last.offset_next, last.next, last.epoch + 1)
+def _names_its_file(record: Record) -> bool:
+    hour_start_ms(record.hour)
+    return record.part >= 0 and record.file == file_name(record.partition, record.hour, record.part)

@@ -14,7 +14,7 @@ import msgspec
 
 from penstock.archive.cut import hour_name, period_start_ms
 from penstock.archive.hours import ARCHIVE_GROUP, HourRecords, find_hour, manifest_name
-from penstock.archive.ledger import Ledger, Owner, Record
+from penstock.archive.ledger import Gap, Ledger, Owner, Record
 from penstock.blobs import BlobStore
 from penstock.clock import timestamp
 from penstock.errors import ArchiveError, BlobNotFound, FrameDamaged, HubError, NotFound, OffsetTrimmed
@@ -142,15 +142,14 @@ class Inquiry:
         return Ledger(self._store, self._known.hub, partition)
 
     def _find(self, partition: int, start_ms: int) -> HourRecords:
-        first = self._hub.bounds(partition).first if self._hub else None
-        return find_hour(self._ledger(partition), start_ms, log_first=first)
+        return find_hour(self._ledger(partition), start_ms)
 
     def _state(self, partition: int, start_ms: int, found: HourRecords) -> tuple[State, list[str]]:
         missing = [record for record in found.records if not self._in_store(record)]
         if missing:
             return self._file_missing(partition, missing[-1], found)
         if found.whole and found.records:
-            return "closed", []
+            return "closed", [_may_be_missing(gap) for gap in found.gaps]
         if found.later is not None:
             return self._passed_over(found, found.later)
         if self._hub is None:
@@ -169,11 +168,8 @@ class Inquiry:
         return "waiting", [why, self._so_far(partition, start_ms, found), *self._holder(partition)]
 
     def _passed_over(self, found: HourRecords, later: Record) -> tuple[State, list[str]]:
-        if found.before is None and later.first > 0:
-            return "unknown", [
-                f"The archive of this partition begins with event {later.first}, in hour {later.hour}; "
-                "what was in the log before it began is not known."
-            ]
+        if found.gaps:
+            return "unknown", [_may_be_missing(gap) for gap in found.gaps]
         return "empty", [
             f"No event was enqueued in it: the ledger goes from event {later.first - 1} to {later.first}, in hour {later.hour}."
             if later.first
@@ -183,11 +179,7 @@ class Inquiry:
     def _store_alone(self, partition: int, start_ms: int, found: HourRecords) -> tuple[State, list[str]]:
         if self._now_ms < start_ms:
             return "future", [f"By this machine's clock it begins at {timestamp(start_ms)}."]
-        known = (
-            f"The ledger's last file of this partition ends at event {found.tail}"
-            if found.tail
-            else "The ledger has no file"
-        )
+        known = f"The ledger of this partition ends at event {found.next}" if found.next else "The ledger has no file"
         why = [
             f"{known}; whether the log has later events cannot be told, because the hub was not reached: name its --data."
         ]
@@ -208,7 +200,7 @@ class Inquiry:
 
     def _over(self, hub: Hub, partition: int, start_ms: int, found: HourRecords) -> tuple[State, list[str]]:
         """The hub's time has passed its end, and the ledger says nothing of what came behind it."""
-        bounds, tail = hub.bounds(partition), found.tail or 0
+        bounds, tail = hub.bounds(partition), found.next or 0
         if bounds.first > tail and bounds.enqueued_first_ms >= self._end(start_ms):
             return "unknown", [
                 f"The log begins at event {bounds.first} and the archive ends at {tail}: what was between was deleted without "
@@ -216,7 +208,11 @@ class Inquiry:
             ]
         lag = self._lag(partition, start_ms, found)
         if not lag:
-            return ("closed", []) if found.records else ("empty", ["No event was enqueued in it."])
+            # What is in a gap was enqueued before what the log has behind it.
+            gaps = [_may_be_missing(gap) for gap in found.gaps if bounds.enqueued_first_ms >= start_ms]
+            if found.records or gaps:
+                return ("closed" if found.records else "unknown"), gaps
+            return "empty", ["No event was enqueued in it."]
         why = [f"It is over, and {lag:,} events of it are in no file yet."]
         closing = self._closing(hub, partition, start_ms)
         if closing is None:
@@ -260,9 +256,9 @@ class Inquiry:
             if done < bounds.first:
                 raise OffsetTrimmed(f"the log begins at {bounds.first}, behind the checkpoint {done}.")
             last = self._ledger(partition).before(done)
-            if last is None and done != bounds.first:
-                return f"no file in the ledger ends at the checkpoint {done}."
-            if last is not None and not self._in_store(last):
+            if last is None and done != 0:
+                return f"nothing in the ledger ends at the checkpoint {done}."
+            if isinstance(last, Record) and not self._in_store(last):
                 return f"{last.file} is behind the checkpoint {done} and not in the store."
             for _ in _frames(hub, partition, lease.offset):
                 continue
@@ -293,7 +289,7 @@ class Inquiry:
             return None
         first = int(self._hub.locate(partition, start_ms))
         following = int(self._hub.locate(partition, self._end(start_ms)))
-        return max(0, following - max(first, found.tail or 0))
+        return max(0, following - max(first, found.next or 0))
 
     def _file(self, record: Record) -> HourFile:
         return HourFile(
@@ -324,7 +320,7 @@ class Inquiry:
 
     def _file_missing(self, partition: int, record: Record, found: HourRecords) -> tuple[State, list[str]]:
         lease = self._leases[partition]
-        if found.tail == record.next and (lease is None or lease.sequence_number <= record.first):
+        if found.next == record.next and (lease is None or lease.sequence_number <= record.first):
             why = f"{record.file} is decided, but not in the store yet: whoever has the lease writes it from the log."
             return "waiting", [why, *self._holder(partition)]
         return "closed", [f"{record.file} was in the store, and is not there any more: see `penstock verify`."]
@@ -361,6 +357,10 @@ class Inquiry:
                 yield Missing(partition, self._troubles.get(partition) or "no host has ever had its lease")
             elif lease.sequence_number < goal:
                 yield Missing(partition, f"its checkpoint is {lease.sequence_number}, and must be {goal}")
+
+
+def _may_be_missing(gap: Gap) -> str:
+    return f"Events {gap.first} to {gap.next - 1} are in no file, and may have been of this hour: {gap.reason}."
 
 
 def _frames(hub: Hub, partition: int, offset: str) -> Iterator[Frame]:

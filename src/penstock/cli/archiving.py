@@ -15,8 +15,9 @@ from typing import Final
 import click
 
 from penstock.archive.archiver import archivers
+from penstock.archive.begin import join, start
 from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper
-from penstock.archive.ledger import claim, start
+from penstock.archive.ledger import claim
 from penstock.blobs import BlobStore
 from penstock.blobs.probe import probe
 from penstock.cli.reach import access
@@ -59,6 +60,7 @@ def claim_store(where: Layout, hub: Hub, clock: Clock) -> None:
             store = open_store(where)
             probe(store, name=where.store_name)
             claim(store, hub, clock)
+            join(store, hub, clock=clock)
             return
         except StoreUnavailable as error:
             if clock.monotonic() >= until:
@@ -84,7 +86,7 @@ def run_host(name: str, values: Values, where: Layout, *, part: str, url: str = 
             clock=clock,
             log=log,
             lease_s=values.seconds("lease"),
-            start=lambda partition: start(store, hub, partition),
+            start=lambda partition: start(store, hub, partition, host=name, clock=clock),
             each=pool.map,
         )
         if url:

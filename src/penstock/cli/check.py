@@ -14,7 +14,7 @@ from penstock.errors import PenstockError
 
 if TYPE_CHECKING:
     from penstock.access import Access
-    from penstock.archive.check import Report
+    from penstock.archive.report import Report
     from penstock.clock import Clock
     from penstock.settings import Values
 
@@ -74,6 +74,9 @@ def _print(report: Report, as_json: bool, good: str) -> None:
         table.add_section()
         table.add_row("all", "", *(_cell(getattr(report.totals, name)) for name in names), style="bold")
         out.print(table)
+        for gap in report.gaps:
+            span = f"events {gap.first:,} to {gap.next - 1:,}"
+            out.print(f"partition {gap.partition}: {span} are in no file: {gap.reason}", markup=False)
         for problem in report.problems:
             out.print(f"PROBLEM: {problem}", style="bold red", markup=False)
         if report.ok:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from penstock.archive.begin import join
 from penstock.archive.hours import refuse_older
 from penstock.archive.ledger import Owner, claim, owner
 from penstock.blobs import BlobStore
@@ -146,6 +147,7 @@ def _prepare(where: Layout, values: Values) -> None:
     with reading_hub(where, values) as hub:
         claim(store, hub, SystemClock())
         refuse_older(store, hub)
+        join(store, hub, clock=SystemClock())
         given = values.count("throughput-units") if values.source("throughput-units") != "default" else None
         units.prepare(where.data, where.run, hub.partitions(), given)
 

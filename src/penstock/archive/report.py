@@ -1,0 +1,70 @@
+"""What `verify` and `audit` report: the problems, and a row of counts for each hour and partition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from penstock.archive.ledger import Gap, Record
+
+
+class Row(msgspec.Struct):
+    """Events of one hour and partition. `accepted` and `logged` are null where nothing is left to compare with."""
+
+    hour: str
+    partition: int
+    accepted: int | None = None
+    logged: int | None = None
+    archived: int = 0
+    pending: int = 0
+    files: int = 0
+    raw_bytes: int = 0
+
+
+class Totals(msgspec.Struct):
+    """Sums over all rows."""
+
+    accepted: int = 0
+    logged: int = 0
+    archived: int = 0
+    pending: int = 0
+    files: int = 0
+    raw_bytes: int = 0
+
+
+class Report(msgspec.Struct):
+    """What a check found: `ok` if and only if there is no problem. `pending`: in no file yet, which is no problem.
+
+    `gaps`: events of which the ledger says that they are in no file, and why; no problem either, but to be seen.
+    """
+
+    ok: bool
+    problems: list[str]
+    rows: list[Row]
+    totals: Totals
+    gaps: list[Gap]
+
+
+class Rows:
+    """Rows by hour and partition, made when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, int], Row] = {}
+
+    def at(self, hour: str, partition: int) -> Row:
+        return self._rows.setdefault((hour, partition), Row(hour, partition))
+
+    def add(self, record: Record, *, file_present: bool = True) -> None:
+        row = self.at(record.hour, record.partition)
+        if file_present:
+            row.archived += record.events
+            row.files += 1
+            row.raw_bytes += record.raw_bytes
+        else:
+            row.pending += record.events
+
+    def report(self, problems: list[str], gaps: Sequence[Gap] = ()) -> Report:
+        rows = [row for _, row in sorted(self._rows.items())]
+        totals = Totals(**{name: sum(getattr(row, name) or 0 for row in rows) for name in Totals.__struct_fields__})
+        return Report(not problems, list(dict.fromkeys(problems)), rows, totals, list(gaps))
