@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from penstock import CloseReason, EventProcessorHost, Events
 from penstock.clock import SystemClock
-from penstock.errors import SettingsError
+from penstock.errors import SettingsError, WrongHub
 from penstock.events import Batch, Event, Group
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.hub.remote import RemoteHub
@@ -300,6 +301,25 @@ def test_run_blocks_until_it_is_told_to_stop(bench: Bench, hub: EmbeddedHub) -> 
     assert not running.is_alive() and host.error is None
     leases = [decode_lease(path.read_bytes(), int(path.stem)) for path in bench.leases.glob("_leases/g/*.json")]
     assert {lease.owner for lease in leases} == {""}
+
+
+def test_another_hub_at_the_address_ends_the_host_and_parks_nothing() -> None:
+    """As after a new installation."""
+    before, after = MemoryHub(PARTITIONS), MemoryHub(PARTITIONS)
+    after.id = "1" * 32
+    store, log = MemoryBlobs(), MemoryLog()
+    with served(before) as url:
+        host = EventProcessorHost(url, store=store, group="g", name="one", lease_s=1.0, log=log)
+        host.start(lambda events: events.next_offset)
+        until(lambda: len(host.state()) == PARTITIONS)
+    with served(after, port=urlsplit(url).port or 0):
+        until(lambda: host.error is not None)
+    host.stop()
+    assert isinstance(host.error, WrongHub)
+    assert before.id in str(host.error) and after.id in str(host.error)
+    assert log.count("processor failed") == log.count("partition parked") == 0
+    leases = [decode_lease(store.get(lease_name("g", partition)).body, partition) for partition in range(PARTITIONS)]
+    assert [lease.owner for lease in leases] == [""] * PARTITIONS
 
 
 def test_a_newer_epoch_ends_the_reading_of_a_partition(bench: Bench, hub: EmbeddedHub) -> None:

@@ -16,7 +16,7 @@
     │   └── NotConfirmed            503: send the same number again
     │       └── HubBusy · StorageFull · Draining · HubUnavailable
     ├── HubError                    the log cannot give what was asked for
-    │   └── OffsetTrimmed · OffsetBeyondEnd · FrameDamaged · ReaderFenced · HubBroken
+    │   └── OffsetTrimmed · OffsetBeyondEnd · FrameDamaged · ReaderFenced · WrongHub · HubBroken
     ├── StoreError                  the blob store did not do what was asked
     │   └── BlobNotFound · LostRace · StoreUnavailable
     ├── ArchiveError                ledger, files and log do not agree; the partition stops
@@ -300,6 +300,12 @@ class ReaderFenced(HubError):
 
     status = 409
     title = "An older epoch of this group"
+
+
+class WrongHub(HubError):
+    """Another hub than before answers at the address, `found` and not `expected`: its offsets mean other events. The host ends."""
+
+    title = "Another hub"
 
 
 class HubBroken(HubError):

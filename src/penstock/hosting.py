@@ -179,9 +179,12 @@ class EventProcessorHost:
         self.stop()
 
     def run(self, processor: Factory | Function) -> None:
-        """`start`, then block until the host is stopped, or Ctrl-C. Raises what ended it, if that was not `stop`."""
+        """`start`, then block until the host is stopped, or Ctrl-C. Raises what ended it, if that was neither."""
         try:
             self._prepare(processor).run(self._factory(processor))
+        except KeyboardInterrupt:
+            # That is how people end it; its leases are given back like with `stop`.
+            self.ask_stop()
         finally:
             self.stop()
 

@@ -44,10 +44,10 @@ class Shell:
         assert done.returncode == 0, done
         return msgspec.json.decode(done.stdout)
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, program: tuple[str, ...] = ("-m", "penstock")) -> subprocess.Popen[bytes]:
         with (self.folder / "log").open("ab") as log, (self.folder / "out").open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "penstock", *arguments],
+                [sys.executable, *program, *arguments],
                 cwd=self.folder,
                 env=OWN_SETTINGS,
                 stdout=out,

@@ -206,7 +206,11 @@ def test_the_example_of_the_handbook(make_system: Make) -> None:
     host = Process(["-u", "-c", code], system.folder / "example.log")
     try:
         wait_for("all hot devices are printed", lambda: host.text().count(" is hot at ") == 7)
-    finally:
         host.signal(signal.SIGINT)
+        assert host.wait() == 0, host.text()
+    finally:
         host.kill()
     assert "d-19 is hot at 115" in host.text()
+    assert "Traceback" not in host.text() and "KeyboardInterrupt" not in host.text()
+    leases = list((system.folder / "leases").glob("_leases/alarms/*.json"))
+    assert [json.loads(path.read_bytes())["Owner"] for path in leases] == [""] * PARTITIONS

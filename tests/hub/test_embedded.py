@@ -87,6 +87,12 @@ def reopen(folder: Path, clock: FakeClock) -> Iterator[Open]:
         opened.pop().close()
 
 
+def test_a_second_open_in_one_process_is_refused(reopen: Open, folder: Path, clock: FakeClock) -> None:
+    reopen()
+    with pytest.raises(SettingsError, match=r"is already open in this process\. Nothing was touched\.$"):
+        EmbeddedHub(folder, bytes_max=BYTES_MAX, clock=clock)
+
+
 def read_all(hub: EmbeddedHub, partition: int) -> list[Frame]:
     offset = str(hub.bounds(partition).first)
     frames: list[Frame] = []

@@ -21,6 +21,7 @@ from penstock.errors import (
     PenstockError,
     ReaderFenced,
     SettingsError,
+    WrongHub,
 )
 from penstock.events import Bounds, Slice
 from penstock.hub import groups
@@ -160,9 +161,10 @@ def test_another_hub_at_the_same_address_is_refused(hub: MemoryHub) -> None:
     """Its offsets mean other events: nothing of it may be read with these leases."""
     with Scripted() as server, RemoteHub(server.url, patience_s=0.0) as far:
         server.headers["Penstock-Hub"] = "f" * 32
-        with pytest.raises(HubError, match="and not 0000") as refused:
+        with pytest.raises(WrongHub, match="and not 0000") as refused:
             far.read(0, "0", bytes_max=1)
         assert not refused.value.retryable
+        assert refused.value.fields == {"found": "f" * 32, "expected": hub.id}
         # Control: it is the identity alone that tells it.
         far._id = ""
         server.events = b"".join(encode(frame) for frame in hub.read(0, "0", bytes_max=1 << 20).frames)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from penstock.errors import ArchiveError, LostRace, ReaderFenced
+from penstock.errors import ArchiveError, LostRace, ReaderFenced, WrongHub
 from penstock.events import Slice
 from penstock.processor import CloseReason
 from penstock.processor.host import EventProcessorHost
@@ -610,6 +610,16 @@ def test_a_start_that_cannot_be_found_is_said_and_others_go_on(many: World) -> N
     many.pass_time(LEASE_S, a)
     assert a.partitions() == [partition for partition in range(16) if partition != 3]
     assert a.log.count("lease not taken", partition=3) == 1
+
+
+def test_another_hub_ends_the_host_before_it_has_a_lease(one: World) -> None:
+    def start(partition: int) -> Start:
+        raise WrongHub("hub 2 answers and not hub 1")
+
+    a = one.member("a", start=start)
+    with pytest.raises(WrongHub):
+        one.pass_time(LEASE_S, a)
+    assert a.log.count("lease not taken") == 0
 
 
 def test_without_a_lease_reading_begins_at_the_first_event_kept(one: World) -> None:

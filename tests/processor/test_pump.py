@@ -15,6 +15,7 @@ from penstock.errors import (
     PenstockError,
     ReaderFenced,
     StoreUnavailable,
+    WrongHub,
 )
 from penstock.events import Bounds, FrameKind, Slice
 from penstock.processor import CloseReason
@@ -307,15 +308,17 @@ def test_a_checkpoint_beyond_the_log_parks(stage: Stage) -> None:
     assert (stage.pump.parked or "").startswith("offset_beyond_end")
 
 
-def test_a_broken_hub_is_fatal(stage: Stage) -> None:
+@pytest.mark.parametrize("error", [HubBroken("sync failed"), WrongHub("hub 2 and not 1")])
+def test_a_hub_that_is_broken_or_another_is_fatal(stage: Stage, error: PenstockError) -> None:
     def fail(_events: Slice) -> None:
-        raise HubBroken("sync failed")
+        raise error
 
     stage.fail = fail
     stage.put(1)
     stage.pump.start()
     until(stage.pump.ended.is_set)
-    assert isinstance(stage.fatal[0], HubBroken)
+    assert stage.fatal == [error]
+    assert stage.pump.parked is None
     assert stage.closed == [CloseReason.FAILED]
 
 

@@ -31,6 +31,7 @@ from penstock.settings import Values
 from penstock.telemetry.log import Log
 
 STORE_S_MAX: Final = 60.0
+PUBLISHER_S_MAX: Final = 5.0
 
 
 @contextlib.contextmanager
@@ -106,13 +107,17 @@ def run_host(name: str, values: Values, where: Layout, *, part: str, url: str = 
             file_bytes_max=values.count("file-bytes-max"),
             log=log,
         )
-        publisher = threading.Thread(target=_publish, args=(hub, store, clock, stop, log), name="hours")
+        publisher = threading.Thread(target=_publish, args=(hub, store, clock, stop, log), name="hours", daemon=True)
         publisher.start()
         try:
             host.run(factory)
         finally:
             stop.set()
-            publisher.join()
+            publisher.join(PUBLISHER_S_MAX)
+            if (
+                publisher.is_alive()
+            ):  # in a request that the store does not answer; whoever comes next publishes the same
+                log.warning("The publisher of hour manifests did not end.", waited_s=PUBLISHER_S_MAX)
     return 0
 
 

@@ -70,7 +70,8 @@ def open_environment(folder: Path, bytes_max: int, *, read_only: bool) -> lmdb.E
             sync=True,
         )
     except lmdb.Error as error:
-        raise SettingsError(f"The hub in {folder} cannot be opened: {error}. Nothing was touched.") from error
+        why = str(error).rstrip(".")
+        raise SettingsError(f"The hub in {folder} cannot be opened: {why}. Nothing was touched.") from error
 
 
 class Databases:

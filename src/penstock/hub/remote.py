@@ -19,7 +19,7 @@ import msgspec
 
 from penstock.access import Access, opened
 from penstock.clock import Clock, SystemClock, parse_timestamp, timestamp
-from penstock.errors import FrameDamaged, HubError, HubUnavailable, NotFound, PenstockError, SettingsError
+from penstock.errors import FrameDamaged, HubUnavailable, NotFound, PenstockError, SettingsError, WrongHub
 from penstock.events import Bounds, Frame, Slice
 from penstock.wire import frame, problem
 
@@ -193,10 +193,13 @@ class RemoteHub:
         is_ours = answer.headers.get("content-type") == kind and "penstock-hub" in answer.headers
         if answer.status != 200 or not is_ours:
             raise self._error(answer)
-        if self._id and answer.headers["penstock-hub"] != self._id:
-            raise HubError(
-                f"Hub {answer.headers['penstock-hub']} answers at {self._where} and not {self._id}, of which this host has leases. "
-                "Nothing was read: start it again, with leases of their own."
+        found = answer.headers["penstock-hub"]
+        if self._id and found != self._id:
+            raise WrongHub(
+                f"Hub {found} answers at {self._where} and not {self._id}, of which this host has leases. "
+                "Nothing of it was read. Start the host again under another group or with another store.",
+                found=found,
+                expected=self._id,
             )
         return answer
 

@@ -17,7 +17,7 @@ import msgspec
 
 from penstock.blobs import BlobStore
 from penstock.clock import Clock
-from penstock.errors import LostRace, PenstockError, StoreError
+from penstock.errors import LostRace, PenstockError, StoreError, WrongHub
 from penstock.hub import Hub
 from penstock.processor import CloseReason, ProcessorFactory
 from penstock.processor.balance import Plan, View, plan
@@ -308,6 +308,8 @@ class EventProcessorHost:
             holding = self._claimed(partition, seen)
         except LostRace:
             return
+        except WrongHub:
+            raise
         except PenstockError as error:
             self._trouble(partition, "lease not taken", error)
             return

@@ -25,6 +25,7 @@ from penstock.errors import (
     PenstockError,
     ReaderFenced,
     StoreUnavailable,
+    WrongHub,
 )
 from penstock.events import Slice
 from penstock.hub import Hub
@@ -136,7 +137,7 @@ class Pump:
             return POLL_S
         try:
             return self._stand_still() if self._parked else self._step()
-        except HubBroken:
+        except (HubBroken, WrongHub):
             raise
         except ReaderFenced as error:
             # A newer epoch reads: the lease is lost, whether or not this host has seen that in the store. If it has not, because somebody
