@@ -445,7 +445,7 @@ print(sent - before, peak() - before, got)
 
 
 def test_a_large_file_passes_through_small_memory(azurite: Emulator) -> None:
-    size = 300_000_000
+    size = 200_000_000
     done = subprocess.run(
         [sys.executable, "-c", _MEMORY, azurite.fresh_url(), str(size)],
         env={**azurite.environment, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},

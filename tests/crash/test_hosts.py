@@ -27,7 +27,7 @@ from tests.emulators import Emulator
 
 Make = Callable[..., System]
 PARTITIONS = 6
-LEASE_S = 2.0
+LEASE_S = 1.5
 CARELESS_HOST = Path(__file__).with_name("careless_host.py")
 # A request that hangs costs its client the whole timeout, so that is rare.
 FAULTS = [*[fault for fault in Fault if fault not in (Fault.NONE, Fault.HANG)] * 4, Fault.HANG]

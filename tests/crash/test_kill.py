@@ -161,7 +161,7 @@ def _shared(system: System, *names: str) -> bool:
 
 
 def _host(system: System, name: str) -> Process:
-    return system.process("host", "--data", str(system.data), "--name", name, "--lease", "2s", log=f"host-{name}.log")
+    return system.process("host", "--data", str(system.data), "--name", name, "--lease", "1s", log=f"host-{name}.log")
 
 
 def test_two_hosts_share_and_one_goes_on_alone(make_system: Make) -> None:

@@ -211,7 +211,8 @@ def test_a_hub_that_does_not_have_what_it_accepted_is_found_out(
 
 def test_an_audit_that_disagrees_is_exit_1(make_system: Make) -> None:
     system = make_system(period="1s", partitions=2).start()
-    assert system.run("simulate", *SHORT).returncode == 0
+    lines = b'{"deviceId":"d-1","n":1}\n' * 100
+    assert system.run("send", "--url", system.url, "-", stdin=lines).returncode == 0
     system.settle()
     assert system.stop() == 0
     for record in list(system.store.glob("_ledger/*/*.json"))[:1]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import io
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path, PosixPath
 from types import FunctionType, MethodType, SimpleNamespace
@@ -32,6 +32,7 @@ import pytest
 
 from penstock.archive import archiver as archiver_module
 from penstock.archive import begin as begin_module
+from penstock.archive import check as check_module
 from penstock.archive.archiver import Archiver
 from penstock.archive.cut import OpenFile
 from penstock.archive.hours import ARCHIVE_GROUP
@@ -549,12 +550,27 @@ def told(trail: Trail) -> Iterator[str]:
         yield " ".join(str(part) for part in trail[0])
 
 
+class InPlace:
+    """In the place of a pool of threads, of which the checks make one for each end: nothing here waits."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> InPlace:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def map(self, act: Callable[[Any], Any], over: Iterable[Any]) -> Iterator[Any]:
+        return (act(one) for one in over)
+
+
 def explored(faults: int, lives: int, broken: Broken | None = None, *, late: bool = False) -> Explorer:
     """An explorer that has tried everything. Raises Violation."""
     threads = SimpleNamespace(Thread=Thread, Event=Flag, Lock=nullcontext)
     with (
         patch.object(pump_module, "threading", threads),
         patch.object(lease_module, "threading", threads),
+        patch.object(check_module, "ThreadPoolExecutor", InPlace),
         breaking(broken),
     ):
         explorer = Explorer(faults, lives, broken, late=late)
