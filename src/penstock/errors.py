@@ -10,7 +10,7 @@
     │   ├── NotFound 404 · MethodNotAllowed 405 · RequestTimeout 408 · LengthRequired 411
     │   ├── ProducerFenced          409
     │   ├── BodyTooLarge · BatchTooLarge        413
-    │   ├── UriTooLong 414 · UnsupportedEncoding · UnsupportedType 415 · HeaderTooLarge 431
+    │   ├── UriTooLong 414 · UnsupportedEncoding · UnsupportedType 415 · ExpectationFailed 417 · HeaderTooLarge 431
     │   ├── NumberReused · NumberTooOld         422
     │   ├── ThroughputExceeded      429: nothing was stored; send the same again after `retry_after_s`
     │   └── NotConfirmed            503: send the same number again
@@ -206,6 +206,13 @@ class UnsupportedType(BatchRefused):
 
     status = 415
     title = "Unsupported Content-Type"
+
+
+class ExpectationFailed(BatchRefused):
+    """The header Expect asks for something other than 100-continue."""
+
+    status = 417
+    title = "The expectation cannot be met"
 
 
 class HeaderTooLarge(BatchRefused):

@@ -45,8 +45,10 @@ class Answer(NamedTuple):
 class Client:
     """One connection. Answers are read exactly: what follows stays in `rest`."""
 
-    def __init__(self, address: tuple[str, int], *, receive_bytes: int | None = None) -> None:
+    def __init__(self, address: tuple[str, int], *, receive_bytes: int | None = None, source: str = "") -> None:
         self.socket = socket.socket()
+        if source:
+            self.socket.bind((source, 0))
         if receive_bytes is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.socket.settimeout(PATIENCE_S)
@@ -113,8 +115,8 @@ class Served:
     log: MemoryLog
     clients: list[Client] = field(default_factory=list)
 
-    def client(self, *, receive_bytes: int | None = None) -> Client:
-        made = Client(self.address, receive_bytes=receive_bytes)
+    def client(self, *, receive_bytes: int | None = None, source: str = "") -> Client:
+        made = Client(self.address, receive_bytes=receive_bytes, source=source)
         self.clients.append(made)
         return made
 

@@ -252,6 +252,19 @@ def test_an_expected_body_that_is_too_large_is_refused_unread(serve):
     assert client.ended() == b""
 
 
+def test_another_expectation_is_refused_unread(serve):
+    handler = Recorder(at_once=True)
+    client = serve(handler).client()
+    answer = client.ask(head_only(b"Host: h", b"Content-Length: 3", b"Expect: a-miracle"))
+    assert (answer.status, problem(answer)["code"], answer.headers[b"connection"]) == (
+        417,
+        "expectation_failed",
+        b"close",
+    )
+    assert client.ended() == b""
+    assert not handler.requests
+
+
 # Requests that are refused: 400 and the end of the connection, whatever came before or comes behind
 
 HOST = b"Host: h"
@@ -272,6 +285,7 @@ HOSTILE = {
     "identity, chunked": head_only(HOST, b"Transfer-Encoding: identity, chunked") + b"0\r\n\r\n",
     "chunked, identity": head_only(HOST, b"Transfer-Encoding: chunked, identity") + b"0\r\n\r\n",
     "chunked twice": head_only(HOST, b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked") + b"0\r\n\r\n",
+    "chunked, chunked": head_only(HOST, b"Transfer-Encoding: chunked, chunked") + b"0\r\n\r\n",
     "gzip, chunked": head_only(HOST, b"Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n",
     "space before the colon": head_only(HOST, b"Transfer-Encoding : chunked") + b"0\r\n\r\n",
     "tab before chunked": head_only(HOST, b"Transfer-Encoding: \x0bchunked") + b"0\r\n\r\n",
@@ -435,11 +449,24 @@ def test_half_a_body_is_answered_408_and_not_handled(serve, start):
     assert not handler.requests
 
 
-@pytest.mark.parametrize("start", [b"GET / HTTP/1.1\r\nX: ", head_only(HOST, b"Content-Length: 100000")])
-def test_a_byte_now_and_then_does_not_move_the_deadline(serve, start):
+DRIPS = {
+    "a header": b"GET / HTTP/1.1\r\nX: ",
+    "a target": b"GET /",
+    "a body": head_only(HOST, b"Content-Length: 100000"),
+    "a chunk": CHUNKED + b"10000\r\n",
+    "the extension of a chunk": CHUNKED + b"1;x=",
+    "a trailer": CHUNKED + b"1\r\nx\r\n0\r\nX: ",
+}
+
+
+@pytest.mark.parametrize("before", [b"", GET + GET], ids=["first", "behind others"])
+@pytest.mark.parametrize("start", DRIPS.values(), ids=DRIPS)
+def test_a_byte_now_and_then_does_not_move_the_deadline(serve, start, before):
     served = serve()
     client = served.client()
-    client.send(start)
+    client.send(before + start)
+    for _ in range(before.count(b"GET")):
+        assert client.answer().status == 200
     stop = threading.Event()
 
     def drip() -> None:
@@ -506,6 +533,20 @@ def test_a_client_that_reads_slowly_gets_everything(serve):
     while got < 8 << 20:
         got += len(client.socket.recv(1 << 18))
         ticks.wait(0.001)
+
+
+def test_a_client_that_reads_a_little_now_and_then_is_cut(serve):
+    """Each byte that the kernel can pass on is some progress; it takes 64 KiB within the deadline to be kept."""
+    served = serve(lambda request, reply: reply(Response(200, b"x" * (8 << 20))))
+    client = served.client(receive_bytes=4096)
+    client.send(GET)
+    ticks = threading.Event()
+    got = 0
+    with pytest.raises(ConnectionResetError):
+        while got < 8 << 20:
+            got += len(client.socket.recv(500))
+            ticks.wait(0.01)
+    assert got < 1 << 20
 
 
 # Clients that vanish
@@ -589,6 +630,48 @@ def test_too_many_connections_are_refused_and_the_rest_served(serve):
     second.socket.close()
     served.until(lambda: not served.server.connections)
     assert served.ask(GET).status == 200
+
+
+def test_too_many_connections_of_one_address_are_refused_and_others_served(serve):
+    served = serve(limits=Limits(connections_per_address_max=2, sweep_s=0.02, linger_s=0.1, grace_s=0.1))
+    mine = [served.client(), served.client()]
+    assert [client.ask(GET).status for client in mine] == [200, 200]
+    answer = served.ask(GET)
+    assert (answer.status, answer.headers[b"retry-after"], problem(answer)["code"]) == (503, b"1", "hub_busy")
+    assert served.client(source="127.0.0.2").ask(GET).status == 200
+    mine[0].socket.close()
+    served.until(lambda: len(served.server.connections) == 2)
+    assert served.ask(GET).status == 200
+
+
+def test_who_comes_to_a_full_house_gets_the_place_of_who_was_idle_longest(serve):
+    handler = Recorder()
+    served = serve(handler, limits=Limits(connections_max=3, sweep_s=0.02, linger_s=0.1, grace_s=0.1))
+    busy, idle, fresh = served.client(), served.client(), served.client()
+    for client in (busy, idle, fresh):
+        client.send(GET)
+        served.until(lambda: handler.replies)
+        if client is not busy:
+            served.on_loop(handler.answer)
+            assert client.answer().status == 200
+            then = served.server.now
+            served.until(lambda then=then: served.server.now > then)
+        else:
+            kept = handler.replies.pop()
+    served.until(lambda: len(served.server.crowd._idle) == 2)
+    late = served.client()
+    late.send(GET)
+    served.until(lambda: handler.replies)
+    served.on_loop(handler.answer)
+    assert late.answer().status == 200
+    assert idle.ended() == b""
+    for client in (busy, fresh):
+        client.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.socket.recv(1)
+        client.socket.settimeout(10)
+    served.on_loop(lambda: kept(Response(200, b"{}")))
+    assert busy.answer().status == 200
 
 
 # Drain

@@ -338,4 +338,7 @@ def _limits(values: Values) -> Limits:
         header_s=values.seconds("header-timeout"),
         body_s=values.seconds("body-timeout"),
         idle_s=values.seconds("idle-timeout"),
+        write_s=values.seconds("write-timeout"),
+        connections_max=values.count("connections-max"),
+        connections_per_address_max=values.count("connections-per-address-max"),
     )

@@ -2,7 +2,7 @@
 
 One request of a connection is handled at a time. Complete requests that arrived together wait in a queue, anything behind
 them waits unparsed, and the socket is not read meanwhile. No task, future or timer belongs to a request: a connection
-notes when it last got somewhere, and the server looks at all of them once in `sweep_s`.
+notes when it last got somewhere, and the server looks at all of them once in `sweep_s` (crowd.py).
 
 Who is refused while the request is still arriving gets the answer and the end of the stream at once, and what still comes
 is thrown away for `linger_s`: closing a socket with unread bytes would reset it, and the client would lose the answer.
@@ -11,17 +11,23 @@ is thrown away for `linger_s`: closing a socket with unread bytes would reset it
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from http import HTTPStatus
 from typing import Protocol, cast
 
-from penstock.errors import HubBusy, PenstockError, RequestTimeout
 from penstock.server import trace
+from penstock.errors import PenstockError, RequestTimeout
 from penstock.server.message import Handler, Reply, Request, Response
 from penstock.server.parser import Arriving, Limits, Parser, draining
 from penstock.server.problems import problem
 
 __all__ = ["Connection", "Handler", "Limits", "Reply", "Request", "Response", "Server"]
 
+_READ_BYTES_LEAST = (
+    64 << 10
+)  # of an answer within `write_s`, or all of it: a byte now and then does not hold it for ever
+_RESET = struct.pack("ii", 1, 0)
 _STATUS = {status.value: b"HTTP/1.1 %d %s" % (status, status.phrase.encode()) for status in HTTPStatus}
 
 
@@ -30,11 +36,11 @@ class Server(Protocol):
 
     handler: Handler
     limits: Limits
-    connections: set[Connection]
     draining: bool
     now: float
     date: bytes
 
+    def enter(self, connection: Connection, host: str) -> PenstockError | None: ...
     def forget(self, connection: Connection) -> None: ...
     def fault(self, error: BaseException, **about: object) -> PenstockError: ...
 
@@ -61,10 +67,14 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        crowded = len(self._server.connections) >= self._server.limits.connections_max
-        self._server.connections.add(self)
-        if crowded:
-            self._refuse(HubBusy("The server holds as many connections as it may.", retry_after_s=1))
+        peer = transport.get_extra_info("peername")
+        try:
+            refusal = self._server.enter(self, peer[0] if peer else "gone")
+        except ConnectionAbortedError:
+            self._transport.abort()
+        else:
+            if refusal is not None:
+                self._refuse(refusal)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -209,14 +219,18 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             return
-        unsent, before = transport.get_write_buffer_size(), self._unsent
-        self._unsent = unsent
-        if unsent and unsent < before:
+        unsent = transport.get_write_buffer_size()
+        if unsent > self._unsent:
+            self._unsent = unsent
+        elif self._unsent and (not unsent or self._unsent - unsent >= _READ_BYTES_LEAST):
+            self._unsent = unsent
             self._since = now
         limits = self._server.limits
         quiet_s = now - self._since - limits.sweep_s
         if unsent or self._closing:
             if quiet_s > (limits.write_s if unsent else limits.linger_s):
+                # A reset: else the kernel keeps what it has of the answer, megabytes perhaps, for who does not read it.
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 transport.abort()
         elif self._current is None:
             arriving = self._parser.arriving
@@ -226,6 +240,11 @@ class Connection(asyncio.Protocol):
                 self._refuse(RequestTimeout(f"The header did not arrive within {limits.header_s:g} s."))
             elif arriving is Arriving.BODY and quiet_s > limits.body_s:
                 self._refuse(RequestTimeout(f"The body did not arrive within {limits.body_s:g} s."))
+
+    def idle_since(self) -> float | None:
+        """None: something is arriving, under way or unread, or it ends already."""
+        nothing = self._current is None and self._parser.arriving is Arriving.NOTHING
+        return self._since if nothing and not (self._unsent or self._closing) else None
 
     def close_if_idle(self) -> None:
         idle = self._current is None and self._parser.arriving is Arriving.NOTHING

@@ -13,6 +13,7 @@ from typing import TypedDict
 
 from penstock.clock import Clock
 from penstock.errors import PenstockError
+from penstock.server.crowd import TICKS, Crowd, Guest
 from penstock.server.http import Connection
 from penstock.server.message import Handler
 from penstock.server.parser import Limits
@@ -38,7 +39,7 @@ class Server:
         self.handler = handler
         self._certificates = certificates
         self.limits = limits
-        self.connections: set[Connection] = set()
+        self.crowd = Crowd(limits)
         self.draining = False
         self.now = 0.0
         self.date = b""
@@ -66,19 +67,27 @@ class Server:
             await self._accept_queued(copy)
         # A request may be on its way on a connection that looks idle; a moment is enough to answer it.
         await self._wait_empty(min(self.limits.grace_s, timeout_s))
-        for connection in tuple(self.connections):
+        for connection in self.connections:
             connection.close_if_idle()
         await self._wait_empty(timeout_s)
         for _ in ("answer", "cut"):
-            for connection in tuple(self.connections):
+            for connection in self.connections:
                 connection.abandon()
             await self._wait_empty(self.limits.grace_s)
         if self._sweeper is not None:
             self._sweeper.cancel()
 
+    @property
+    def connections(self) -> tuple[Guest, ...]:
+        """All that there are now."""
+        return tuple(self.crowd.connections)
+
+    def enter(self, connection: Connection, host: str) -> PenstockError | None:
+        return self.crowd.enter(connection, host)
+
     def forget(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        if self.draining and not self.connections:
+        self.crowd.leave(connection)
+        if self.draining and not self.crowd.connections:
             self._empty.set()
 
     def fault(self, error: BaseException, **about: object) -> PenstockError:
@@ -108,7 +117,7 @@ class Server:
         }
 
     async def _wait_empty(self, timeout_s: float) -> None:
-        if self.connections:
+        if self.crowd.connections:
             try:
                 await asyncio.wait_for(self._empty.wait(), timeout_s)
             except TimeoutError:
@@ -119,6 +128,5 @@ class Server:
         self.date = formatdate(self._clock.now_ms() / 1000, usegmt=True).encode()
         if self._certificates is not None:
             self._certificates.renew()
-        for connection in tuple(self.connections):
-            connection.check(self.now)
-        self._sweeper = loop.call_later(self.limits.sweep_s, self._sweep, loop)
+        self.crowd.look(self.now)
+        self._sweeper = loop.call_later(self.limits.sweep_s / TICKS, self._sweep, loop)

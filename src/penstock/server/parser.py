@@ -18,6 +18,7 @@ from penstock.errors import (
     BadHeader,
     BodyTooLarge,
     Draining,
+    ExpectationFailed,
     HeaderTooLarge,
     LengthRequired,
     PenstockError,
@@ -44,6 +45,7 @@ class Limits(NamedTuple):
     grace_s: float = 0.2
     sweep_s: float = 1.0
     connections_max: int = 10_000
+    connections_per_address_max: int = 0
 
 
 class Arriving(enum.IntEnum):
@@ -166,9 +168,12 @@ class Parser:
             self._check_length(length)
         elif coding is None and method in (b"POST", b"PUT", b"PATCH"):
             raise LengthRequired("A request with a body needs Content-Length or Transfer-Encoding: chunked.")
+        expected = headers.get(b"expect") if version == "1.1" else None
+        if expected is not None and expected.lower() != b"100-continue":
+            raise ExpectationFailed("The only Expect is 100-continue.")
         self.arriving = Arriving.BODY
         self._raw_bytes = 0
-        self.expects = version == "1.1" and headers.get(b"expect", b"").lower() == b"100-continue"
+        self.expects = expected is not None
         self._upgrade = self._http.should_upgrade()
 
     def on_body(self, part: bytes) -> None:
