@@ -103,12 +103,11 @@ class Load:
         self._end()
         assert self._window is not None
         seconds, cpu_s, accepted, latencies = self._window
-        latencies.sort()
         return Result(
             seconds,
             len(latencies),
             accepted,
-            Latency(*(_at(latencies, part) for part in (0.5, 0.99, 1.0))),
+            latency_ms(latencies),
             cpu_s,
             self.sent,
             self.accepted,
@@ -135,7 +134,7 @@ class Load:
     def _begin(self) -> None:
         self.latencies = []
         self._began = (time.perf_counter(), time.process_time(), self.accepted)
-        _tell(Mark("began"))
+        tell(Mark("began"))
 
     def _end(self) -> None:
         if self.stopping:
@@ -147,7 +146,7 @@ class Load:
         self._window = (time.perf_counter() - at, time.process_time() - cpu_s, self.accepted - accepted, self.latencies)
         self.latencies = []
         self.stopping = True
-        _tell(Mark("ended"))
+        tell(Mark("ended"))
         asyncio.get_running_loop().call_later(ANSWERS_WITHIN_S, self.done.set)
 
 
@@ -222,17 +221,17 @@ class Lane(asyncio.Protocol):
             self._transport.writelines(self._request)
 
 
-def prepared(plan: Plan, bodies: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+def prepared(port: int, bodies: Sequence[bytes], *, zipped: bool, numbered: bool) -> list[tuple[bytes, bytes]]:
     """Requests as what stands before the producer's number and what stands behind it."""
-    kind = b"application/x-ndjson\r\nContent-Encoding: gzip" if plan.zipped else b"application/json"
+    kind = b"application/x-ndjson\r\nContent-Encoding: gzip" if zipped else b"application/json"
     requests = []
     for body in bodies:
         head = b"POST /v1/events HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: %b\r\nContent-Length: %d\r\n" % (
-            plan.port,
+            port,
             kind,
             len(body),
         )
-        if plan.numbered:
+        if numbered:
             digest = hashlib.sha256(body).hexdigest().encode()
             requests.append((head + b"Penstock-Producer: ", digest + b"\r\n\r\n" + body))
         else:
@@ -240,11 +239,16 @@ def prepared(plan: Plan, bodies: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return requests
 
 
+def latency_ms(seconds: Sequence[float]) -> Latency:
+    ordered = sorted(seconds)
+    return Latency(*(_at(ordered, part) for part in (0.5, 0.99, 1.0)))
+
+
 def _at(ordered: Sequence[float], part: float) -> float:
     return round(1000 * ordered[min(len(ordered) - 1, int(part * len(ordered)))], 3) if ordered else 0.0
 
 
-def _tell(what: Mark | Result) -> None:
+def tell(what: msgspec.Struct) -> None:
     sys.stdout.buffer.write(msgspec.json.encode(what) + b"\n")
     sys.stdout.buffer.flush()
 
@@ -254,10 +258,11 @@ def main() -> None:
     bodies = msgspec.msgpack.decode(Path(plan.bodies).read_bytes(), type=list[bytes])
 
     async def run() -> Result:
-        return await Load(plan, prepared(plan, bodies)).run()
+        requests = prepared(plan.port, bodies, zipped=plan.zipped, numbered=plan.numbered)
+        return await Load(plan, requests).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        _tell(runner.run(run()))
+        tell(runner.run(run()))
 
 
 if __name__ == "__main__":

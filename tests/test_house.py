@@ -81,6 +81,7 @@ BROAD = {
     ("server/housekeeping.py", "run"),
     ("server/http.py", "_take"),
     ("server/ingest.py", "_prepare_elsewhere"),
+    ("server/ingest.py", "_prepare_here"),
     ("server/ingest.py", "_commit_all"),
 }
 NO_NAMES = {"utils", "helpers", "common", "manager", "util", "helper", "misc"}

@@ -75,8 +75,10 @@ class Intake:
             "device_field": "deviceId",
             "unzipped_bytes_max": 1 << 24,
             "waiting_max": 4096,
+            "wait_s_max": 1.0,
         } | settings
-        self.ingest = Ingest(hub, Router(4), FakeClock(1_795_356_000_000), self.log, broken=self.break_down, **given)
+        self.clock = FakeClock(1_795_356_000_000)
+        self.ingest = Ingest(hub, Router(4), self.clock, self.log, broken=self.break_down, **given)
         self.loop = asyncio.get_running_loop()
         self.ingest.start(self.loop)
 
@@ -499,6 +501,47 @@ def test_too_many_bytes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await intake.post()).status == 200
 
     run(act, hub)
+
+
+@pytest.mark.parametrize("wait_s_max", [1.0, 10.0])
+def test_who_would_wait_too_long_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, wait_s_max: float) -> None:
+    """A disk that hangs: what waits already stays, what comes later is told so. With a longer bound nobody is refused: the control."""
+    monkeypatch.setattr(ingest_module, "GROUP_BATCHES", 1)
+    hub = HeldHub()
+    hub.may_go_on.clear()
+
+    async def act(intake: Intake) -> None:
+        waiting = [intake.post()]
+        assert await intake.loop.run_in_executor(None, hub.begun.wait, PATIENCE_S)
+        waiting += [intake.post() for _ in range(5)]
+        assert len(intake.ingest._backlog) == 3
+        intake.clock.advance(1.5)
+        late = intake.post()
+        if wait_s_max == 1.0:
+            found = await late
+            assert refused(found, 503, "hub_busy")["retryable"]
+            assert found.headers == ((b"Retry-After", b"2"),)
+        else:
+            waiting.append(late)
+        hub.may_go_on.set()
+        assert {(await each).status for each in waiting} == {200}
+        assert (await intake.post()).status == 200
+        assert len(hub.lines()) == len(waiting) + 1
+
+    run(act, hub, wait_s_max=wait_s_max)
+
+
+def test_a_bug_in_the_preparation_is_answered_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> bytes:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(ingest_module, "ndjson", broken)
+
+    async def act(intake: Intake) -> None:
+        refused(await intake.post(), 500, "internal_error")
+        assert [level for level, _, _ in intake.log.lines] == ["exception"]
+
+    run(act)
 
 
 FAULTS: dict[str, tuple[BaseException, str, str]] = {

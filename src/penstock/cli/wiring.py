@@ -281,6 +281,7 @@ def _app(
         device_field=values.text("device-field"),
         unzipped_bytes_max=values.count("batch-bytes-max"),
         waiting_max=values.count("queue-batches-max"),
+        wait_s_max=values.seconds("queue-wait-max"),
         broken=broken,
         quota=Quota(shared, buckets, clock, log, device_events_per_s=values.count("device-events-per-s")),
     )

@@ -16,8 +16,8 @@ import struct
 from http import HTTPStatus
 from typing import Protocol, cast
 
-from penstock.server import trace
 from penstock.errors import PenstockError, RequestTimeout
+from penstock.server import trace
 from penstock.server.message import Handler, Reply, Request, Response
 from penstock.server.parser import Arriving, Limits, Parser, draining
 from penstock.server.problems import problem

@@ -1,8 +1,8 @@
 """The intake: a POST becomes a batch, batches that wait become one commit, the commit answers them all.
 
 Group commit without a timer: a commit starts when a turn of the event loop has brought nothing new, or enough; while one is under way
-the next gathers. The loop's thread unzips, checks, and splits (big bodies go to an executor); the commit, which mostly waits for the disk,
-has a thread of its own. Nothing is answered with 200 before the commit returned.
+the next gathers, and when that is large the rest waits as it came (backlog.py). The loop's thread unzips, checks, and splits (big bodies go
+to an executor); the commit, which mostly waits for the disk, has its own thread. Nothing is answered with 200 before the commit returned.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from penstock.errors import (
 from penstock.events import Appended, Batch
 from penstock.hub import Refused, WholeHub
 from penstock.server import trace
+from penstock.server.backlog import Backlog
 from penstock.server.framing import Framed, Framing, Posted, own
 from penstock.server.message import Reply, Request, Response
 from penstock.server.numbers import Number, number_of
-from penstock.server.problems import problem
+from penstock.server.problems import problem, unexpected
 from penstock.server.quota import Quota
 from penstock.wire.body import unzip, unzipped_bytes
 from penstock.wire.route import Allows, Rejected, Router, Stamp, is_field
@@ -83,6 +84,7 @@ class Ingest:
         device_field: str,
         unzipped_bytes_max: int,
         waiting_max: int,
+        wait_s_max: float,
         broken: Callable[[], None],
         quota: Quota | None = None,
     ) -> None:
@@ -93,6 +95,7 @@ class Ingest:
         self._device_field = device_field
         self._unzipped_bytes_max = unzipped_bytes_max
         self._waiting_max = waiting_max
+        self._wait_s_max = wait_s_max
         self._broken = broken
         self._quota = quota
         self._worker = f"w-{secrets.token_hex(8)}"
@@ -100,10 +103,10 @@ class Ingest:
         self._stamp = (-1, Stamp(""))
         self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
-        self._under_way = 0
+        self._under_way = self._under_way_bytes = 0
         self._elsewhere = 0
         self._turning = False
-        self._batches_per_s = 1000.0
+        self._backlog = Backlog(self._prepare_here, may_go_on=self._has_room, monotonic=clock.monotonic)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="big-body")
         self._commits: queue.SimpleQueue[list[_Waiting] | None] = queue.SimpleQueue()
@@ -112,6 +115,7 @@ class Ingest:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Call on the loop's thread before the first post."""
         self._loop = loop
+        self._backlog.start(loop)
         self._thread.start()
 
     def close(self) -> None:
@@ -122,8 +126,9 @@ class Ingest:
 
     def post(self, request: Request, device: str | None, reply: Reply, framing: Framing = own) -> None:
         """Take a batch; `device` is the one in the path. Replies when it is on disk, or with what is wrong."""
-        if self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
-            reply(problem(self._busy()))
+        wait_s = self._backlog.wait_s()
+        if wait_s > self._wait_s_max or self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
+            reply(problem(self._busy(wait_s)))
             return
         if self._quota is not None:
             try:
@@ -139,21 +144,34 @@ class Ingest:
             self._waiting_bytes += size
             self._pool.submit(self._prepare_elsewhere, request, device, reply, framing, size)
         else:
-            try:
-                self._enqueue(self._prepare(request, device, reply, framing))
-            except PenstockError as error:
-                reply(problem(error))
+            self._backlog.put(request, device, reply, framing)
 
     def _ahead(self) -> int:
         """Batches that have no answer yet."""
-        return self._elsewhere + len(self._waiting) + self._under_way
+        return self._elsewhere + len(self._backlog) + len(self._waiting) + self._under_way
 
-    def _busy(self) -> HubBusy:
-        waiting = self._ahead()
-        return HubBusy(
-            f"{waiting} batches wait for the disk. Nothing of this one was stored: keep it and send it again later.",
-            retry_after_s=waiting / self._batches_per_s,
+    def _has_room(self) -> bool:
+        """Whether more is to be prepared: for the commit that is under way and for two behind it there is enough."""
+        return not self._under_way or (
+            len(self._waiting) < 2 * GROUP_BATCHES and self._waiting_bytes < self._under_way_bytes + 2 * GROUP_BYTES
         )
+
+    def _busy(self, wait_s: float) -> HubBusy:
+        return HubBusy(
+            f"{self._ahead()} batches wait for the disk. Nothing of this one was stored: keep it and send it again later.",
+            retry_after_s=wait_s,
+        )
+
+    def _prepare_here(self, request: Request, device: str | None, reply: Reply, framing: Framing) -> None:
+        try:
+            prepared = self._prepare(request, device, reply, framing)
+        except PenstockError as error:
+            reply(problem(error))
+        except Exception as error:  # on the loop's thread, where perhaps nobody waits for it any more but the client
+            self._log.exception("a batch could not be prepared", **trace.fields(request.headers))
+            reply(problem(unexpected(error)))
+        else:
+            self._enqueue(prepared)
 
     def _prepare_elsewhere(
         self, request: Request, device: str | None, reply: Reply, framing: Framing, size: int
@@ -281,6 +299,7 @@ class Ingest:
             return
         self._turning = False
         self._under_way = count
+        self._under_way_bytes = self._waiting_bytes
         self._commits.put(self._waiting)
         self._waiting = []
 
@@ -288,7 +307,6 @@ class Ingest:
         """The commit thread."""
         assert self._loop is not None
         while (group := self._commits.get()) is not None:
-            began = self._clock.monotonic()
             answers: Sequence[Appended | Refused] | NotConfirmed
             try:
                 answers = self._hub.append([waiting.batch for waiting in group])
@@ -302,16 +320,13 @@ class Ingest:
             except Exception:
                 self._log.exception("a commit failed", batches=len(group))
                 answers = HubUnavailable("The commit failed; send the batch again.", retry_after_s=STORAGE_RETRY_S)
-            took_s = max(self._clock.monotonic() - began, 1e-6)
-            self._loop.call_soon_threadsafe(self._answer, group, answers, took_s)
+            self._loop.call_soon_threadsafe(self._answer, group, answers)
 
-    def _answer(
-        self, group: list[_Waiting], answers: Sequence[Appended | Refused] | NotConfirmed, took_s: float
-    ) -> None:
+    def _answer(self, group: list[_Waiting], answers: Sequence[Appended | Refused] | NotConfirmed) -> None:
         assert self._loop is not None
-        self._under_way = 0
+        self._under_way = self._under_way_bytes = 0
         self._waiting_bytes -= sum(waiting.raw_bytes for waiting in group)
-        self._batches_per_s += 0.1 * (len(group) / took_s - self._batches_per_s)
+        self._backlog.go_on()
         if self._waiting and not self._turning:
             self._turning = True
             self._loop.call_soon(self._turn, len(self._waiting))
