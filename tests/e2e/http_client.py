@@ -26,9 +26,9 @@ class Answer(NamedTuple):
 class Connection:
     """One connection; requests may be sent in parts, and several answers read from it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, source: str = "") -> None:
         host, _, port = urlsplit(url).netloc.partition(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+        self.socket = socket.create_connection((host, int(port)), PATIENCE_S, (source, 0) if source else None)
         self._received = self.socket.makefile("rb")
 
     def __enter__(self) -> Connection:
