@@ -6,7 +6,7 @@ BIN := .venv/bin
 SEED ?=
 SECONDS ?= 60
 
-.PHONY: run test fmt check bench sim sim-long cuts fuzz
+.PHONY: run test fmt check bench hostile sim sim-long cuts fuzz
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -48,6 +48,10 @@ check: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python -m bench $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m bench.hosts && $(BIN)/python -m bench.balance)
+
+# A good client beside slow and hostile ones, and at three times the capacity; the attacks last SECONDS.
+hostile: .venv/.dev
+	$(BIN)/python -m bench.hostile --attack-seconds $(SECONDS) $(ARGS)
 
 # One seed with all its steps, or the seeds and interleavings of `make test`.
 sim: .venv/.dev

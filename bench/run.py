@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Generic, Self, TypeVar
 
 import msgspec
 
@@ -98,21 +99,25 @@ class Window(msgspec.Struct, frozen=True):
         return per_event_us(sum(self.cpu_s.values()), self.result.accepted_in_window)
 
 
-class Loader:
-    """The load generator's process; entered, it runs, and left, it has ended."""
+R = TypeVar("R", bound=msgspec.Struct)
 
-    def __init__(self, plan: Plan) -> None:
+
+class Generator(Generic[R]):
+    """The process of a load generator, a module of bench; entered, it runs, and left, it has ended."""
+
+    def __init__(self, module: str, plan: msgspec.Struct, result: type[R]) -> None:
+        self._result = result
         root = str(Path(bench.__file__).parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.load", msgspec.json.encode(plan).decode()],
+            [sys.executable, "-m", module, msgspec.json.encode(plan).decode()],
             env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,20 +139,27 @@ class Loader:
             if isinstance(line, Mark) and line.state == state:
                 return
 
-    def result(self) -> Result:
+    def result(self) -> R:
         while True:
             line = self._line()
-            if isinstance(line, Result):
+            if not isinstance(line, Mark):
                 self._process.wait(ANSWERS_WITHIN_S)
                 return line
 
-    def _line(self) -> Mark | Result:
+    def _line(self) -> Mark | R:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise BenchError(f"The load generator ended with exit code {self._process.wait()}.")
-        told: Mark | Result = msgspec.json.decode(line, type=Mark | Result)
+        told: Mark | R = msgspec.json.decode(line, type=Mark | self._result)
         return told
+
+
+class Loader(Generator[Result]):
+    """The load of bench.load."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("bench.load", plan, Result)
 
 
 def plan_of(work: Work, system: System, *, warm_up_s: float, seconds: float, producer: str) -> Plan:

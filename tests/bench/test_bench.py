@@ -124,6 +124,19 @@ def test_take_over_and_catch_up(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"bodies"}
 
 
+def test_a_second_beside_hostile_clients_and_a_second_of_too_much(tmp_path: Path) -> None:
+    small = "--seconds 1 --warm-up 0.2 --attack-seconds 2 --events-per-batch 100 --idle 200 --slow 20 --attacks 50"
+    done = bench("bench.hostile", *small.split(), "--folder", str(tmp_path), "--json", "-")
+    assert done.returncode == 0, done.stderr.decode()
+    report = json.loads(done.stdout)
+    assert report["ok"] is True and report["problems"] == []
+    assert len(report["phases"]) == 5 and len(report["capacities"]) == 3 and len(report["targets"]) == 6
+    assert all(phase["load"]["accepted_in_window"] > 0 for phase in report["phases"])
+    attack = report["phases"][3]["attack"]
+    assert (attack["idle"], attack["slow"], attack["unexpected"]) == (20, 20, [])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_second_of_everything(tmp_path: Path) -> None:
     small = "--seconds 1 --warm-up 0.2 --floor-seconds 0.1 --bodies 4 --events-per-batch 100 --workers 2 --partitions 4"
     client = "--client-events 400 --spool-bytes 1000000 --processor-events 400"
