@@ -19,7 +19,6 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from typing import cast
 
 import msgspec
 import uvloop
@@ -36,6 +35,8 @@ _ANSWER_S = 10.0
 _UNEXPECTED_MOST = 5
 _SPARE_FILES = 500
 _TICKS = 20
+_OPENED_PER_S = 500  # so that they are not all ended and opened again in one moment
+_OPEN_AT_ONCE = 10
 _RESET = struct.pack("ii", 1, 0)
 _RESERVED = b'{"deviceId":"%b","receivedAt":1}' % DEVICE
 
@@ -102,31 +103,57 @@ def damaged(rng: random.Random) -> bytes:
     return bytes(whole)
 
 
-class Held(asyncio.Protocol):
-    """An idle connection; with a start, a slow one: its owner sends a byte now and then."""
+class Held:
+    """An idle connection; with a start, a slow one: its owner has it send a byte now and then. Opened again when the server ends it."""
 
     def __init__(self, attack: Attack, number: int, start: bytes) -> None:
-        self.transport: asyncio.Transport | None = None
         self._attack = attack
-        self._number = number
+        self._source = (f"127.0.0.{2 + number % SOURCES}", 0)
         self._start = start
+        self._next = start
+        self._socket: socket.socket | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        if self._start:
-            self.transport.write(self._start)
+    @property
+    def is_open(self) -> bool:
+        return self._socket is not None
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
-        self._attack.lost(self)
+    def open(self) -> None:
+        """A plain socket: ten thousand of a loop's own would cost the machine more than the server."""
+        made = socket.socket()
+        made.setblocking(False)
+        made.bind(self._source)
+        made.connect_ex(("127.0.0.1", self._attack.plan.port))
+        self._socket, self._next = made, self._start
+        asyncio.get_running_loop().add_reader(made, self._read)
 
-    async def open(self) -> None:
-        source = (f"127.0.0.{2 + self._number % SOURCES}", 0)
+    def drip(self) -> None:
+        if self._socket is None:
+            return
         try:
-            loop = asyncio.get_running_loop()
-            await loop.create_connection(lambda: self, "127.0.0.1", self._attack.plan.port, local_addr=source)
+            self._socket.send(self._next)
+            self._next = b"x"
+        except BlockingIOError:  # not connected yet
+            return
         except OSError:
-            self._attack.lost(self)
+            self._lose()
+
+    def _read(self) -> None:
+        assert self._socket is not None
+        try:
+            if not self._socket.recv(65536):
+                self._lose()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        assert self._socket is not None
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._socket)
+        self._socket.close()
+        self._socket = None
+        if not self._attack.ending.is_set():
+            self._attack.reopened += 1
+            loop.call_later(1.0, self.open)
 
 
 class Attack:
@@ -153,9 +180,12 @@ class Attack:
         self._slow = [Held(self, number, starts[number % 3]) for number in range(min(plan.slow, room))]
         self._held = [Held(self, number, b"") for number in range(min(plan.idle, room - len(self._slow)))]
         every = [*self._slow, *self._held]
-        for at in range(0, len(every), 200):
-            await asyncio.gather(*(held.open() for held in every[at : at + 200]))
-        idle, slow = (sum(one.transport is not None for one in some) for some in (self._held, self._slow))
+        for at, one in enumerate(every):
+            one.open()
+            if at % _OPEN_AT_ONCE == 0:
+                await asyncio.sleep(_OPEN_AT_ONCE / _OPENED_PER_S)
+        await asyncio.sleep(1.0)
+        idle, slow = (sum(one.is_open for one in some) for some in (self._held, self._slow))
         tell(Mark("began"))
         self._spawn(self._drip())
         if plan.rate:
@@ -166,11 +196,6 @@ class Attack:
             task.cancel()
         answers = {kind: dict(counts) for kind, counts in self.answers.items()}
         return AttackResult(idle, slow, self.reopened, answers, self.unexpected[:_UNEXPECTED_MOST])
-
-    def lost(self, held: Held) -> None:
-        if not self.ending.is_set():
-            self.reopened += 1
-            asyncio.get_running_loop().call_later(1.0, lambda: self._spawn(held.open()))
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -188,8 +213,7 @@ class Attack:
         while True:
             tick = (tick + 1) % _TICKS
             for held in self._slow[tick::_TICKS]:
-                if held.transport is not None:
-                    held.transport.write(b"x")
+                held.drip()
             await asyncio.sleep(1 / _TICKS)
 
     async def _attack(self) -> None:

@@ -124,8 +124,8 @@ def test_take_over_and_catch_up(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"bodies"}
 
 
-def test_a_second_beside_hostile_clients_and_a_second_of_too_much(tmp_path: Path) -> None:
-    small = "--seconds 1 --warm-up 0.2 --attack-seconds 2 --events-per-batch 100 --idle 200 --slow 20 --attacks 50"
+def test_a_moment_beside_hostile_clients_and_a_moment_of_too_much(tmp_path: Path) -> None:
+    small = "--seconds 0.5 --warm-up 0.2 --attack-seconds 1 --events-per-batch 100 --idle 200 --slow 20 --attacks 50"
     done = bench("bench.hostile", *small.split(), "--folder", str(tmp_path), "--json", "-")
     assert done.returncode == 0, done.stderr.decode()
     report = json.loads(done.stdout)

@@ -94,7 +94,7 @@ def test_the_first_of_the_queue_tells_when_nothing_moves() -> None:
     rig.put(1, 2)
     rig.loop.turn()
     rig.now += 5.0
-    assert (rig.done, rig.backlog.wait_s()) == ([], 5.0)
+    assert (rig.done, rig.backlog.wait_s(), rig.backlog.bytes) == ([], 5.0, len(b"12"))
 
 
 def test_without_room_it_waits_without_turning_until_it_is_told_to_go_on() -> None:
@@ -108,7 +108,7 @@ def test_without_room_it_waits_without_turning_until_it_is_told_to_go_on() -> No
     rig.backlog.go_on()
     assert len(rig.loop.soon) == 1
     rig.finish()
-    assert rig.done == [1, 2, 3]
+    assert (rig.done, rig.backlog.bytes) == ([1, 2, 3], 0)
     rig.backlog.go_on()
     assert not rig.loop.soon
 

@@ -559,6 +559,18 @@ def test_too_many_connections_of_one_address_are_refused_and_others_served(serve
     assert served.ask(GET).status == 200
 
 
+def test_only_a_few_refusals_wait_to_be_read(serve):
+    served = serve(limits=Limits(connections_max=2, sweep_s=0.02, linger_s=30.0, grace_s=0.1))
+    kept = [served.client(), served.client()]
+    assert [client.ask(GET).status for client in kept] == [200, 200]
+    refused = served.client()
+    assert refused.answer().status == 503
+    cut = served.client()
+    with pytest.raises((ConnectionResetError, EOFError)):
+        cut.answer()
+    assert [client.ask(GET).status for client in kept] == [200, 200]
+
+
 def test_who_comes_to_a_full_house_gets_the_place_of_who_was_idle_longest(serve):
     handler = Recorder()
     served = serve(handler, limits=Limits(connections_max=3, sweep_s=0.02, linger_s=0.1, grace_s=0.1))

@@ -16,17 +16,22 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVarTuple
 
+from penstock.server.message import Request
+
 SLICE_S = 0.004
 _LATELY_S = 1.0
 
-Job = TypeVarTuple("Job")
+More = TypeVarTuple("More")
 
 
-class Backlog(Generic[*Job]):
-    """Used on the loop's thread. `work` never raises; `may_go_on` is asked before each, and `go_on` is called when it may be true again."""
+class Backlog(Generic[*More]):
+    """Used on the loop's thread; `bytes` are those of the bodies that wait.
+
+    `work` never raises; `may_go_on` is asked before each, and `go_on` is to be called when it may be true again.
+    """
 
     def __init__(
-        self, work: Callable[[*Job], None], *, may_go_on: Callable[[], bool], monotonic: Callable[[], float]
+        self, work: Callable[[Request, *More], None], *, may_go_on: Callable[[], bool], monotonic: Callable[[], float]
     ) -> None:
         self._work = work
         self._may_go_on = may_go_on
@@ -52,7 +57,7 @@ class Backlog(Generic[*Job]):
         each_s = self._lately_s / self._lately_done if self._lately_done else 0.0
         return max(len(self._queue) * each_s, self._monotonic() - self._queue[0][0])
 
-    def put(self, *job: *Job) -> None:
+    def put(self, request: Request, *more: *More) -> None:
         """Work on it now, or when its turn comes."""
         now = self._monotonic()
         if not self._in_turn:
@@ -63,10 +68,11 @@ class Backlog(Generic[*Job]):
             if not self._queue:  # there was a rest; else, a pause
                 self._since, self._done = now, 0
         if self._queue or now >= self._turn_ends or not self._may_go_on():
-            self._queue.append((now, job))
+            self.bytes += len(request.body)
+            self._queue.append((now, request, more))
         else:
             self._done += 1
-            self._work(*job)
+            self._work(request, *more)
 
     def go_on(self) -> None:
         if self._queue and not self._in_turn:
@@ -86,9 +92,10 @@ class Backlog(Generic[*Job]):
         self._turn_ends = now + SLICE_S
         queue = self._queue
         while queue and now < self._turn_ends and self._may_go_on():
-            _, job = queue.popleft()
+            _, request, more = queue.popleft()
+            self.bytes -= len(request.body)
             self._done += 1
-            self._work(*job)
+            self._work(request, *more)
             now = self._monotonic()
         if queue and self._may_go_on():
             assert self._loop is not None

@@ -48,7 +48,9 @@ BIG_BATCH_BYTES = 2 << 20
 BIG_FRAMED_BYTES = 64 << 10  # of bodies that are written anew, event by event
 GROUP_BATCHES = 512
 GROUP_BYTES = 4 << 20
-WAITING_BYTES_MAX = 48 << 20
+WAITING_BYTES_MAX = 32 << 20
+# A bomb says 16 MiB: one is unzipped, one waits, and others than bombs do not wait for them.
+ELSEWHERE_BYTES_MAX = 24 << 20
 STORAGE_RETRY_S = 10.0
 PROPERTIES_BYTES_MAX = (1 << 16) - 1  # what a frame's header has room for
 
@@ -102,9 +104,10 @@ class Ingest:
         self._numbers = itertools.count(1)  # taken by the loop's thread and the executor's: next() is atomic
         self._stamp = (-1, Stamp(""))
         self._waiting: list[_Waiting] = []
-        self._waiting_bytes = 0
-        self._under_way = self._under_way_bytes = 0
-        self._elsewhere = 0
+        self._ready_bytes = 0  # of those that wait
+        self._waiting_bytes = 0  # of those and of those under way
+        self._under_way = 0
+        self._elsewhere = self._elsewhere_bytes = 0
         self._turning = False
         self._backlog = Backlog(self._prepare_here, may_go_on=self._has_room, monotonic=clock.monotonic)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -127,7 +130,8 @@ class Ingest:
     def post(self, request: Request, device: str | None, reply: Reply, framing: Framing = own) -> None:
         """Take a batch; `device` is the one in the path. Replies when it is on disk, or with what is wrong."""
         wait_s = self._backlog.wait_s()
-        if wait_s > self._wait_s_max or self._ahead() >= self._waiting_max or self._waiting_bytes > WAITING_BYTES_MAX:
+        waiting_bytes = self._waiting_bytes + self._backlog.bytes
+        if wait_s > self._wait_s_max or self._ahead() >= self._waiting_max or waiting_bytes > WAITING_BYTES_MAX:
             reply(problem(self._busy(wait_s)))
             return
         if self._quota is not None:
@@ -140,8 +144,11 @@ class Ingest:
         bytes_max = BIG_BATCH_BYTES if framing is own else BIG_FRAMED_BYTES
         if len(request.body) > BIG_BODY_BYTES or size > bytes_max:
             # It would hold up the loop. What it will take is counted now, and counted right when it is known.
+            if self._elsewhere_bytes > ELSEWHERE_BYTES_MAX:
+                reply(problem(self._busy(wait_s)))
+                return
             self._elsewhere += 1
-            self._waiting_bytes += size
+            self._elsewhere_bytes += size
             self._pool.submit(self._prepare_elsewhere, request, device, reply, framing, size)
         else:
             self._backlog.put(request, device, reply, framing)
@@ -152,14 +159,12 @@ class Ingest:
 
     def _has_room(self) -> bool:
         """Whether more is to be prepared: for the commit that is under way and for two behind it there is enough."""
-        return not self._under_way or (
-            len(self._waiting) < 2 * GROUP_BATCHES and self._waiting_bytes < self._under_way_bytes + 2 * GROUP_BYTES
-        )
+        return not self._under_way or (len(self._waiting) < 2 * GROUP_BATCHES and self._ready_bytes < 2 * GROUP_BYTES)
 
     def _busy(self, wait_s: float) -> HubBusy:
         return HubBusy(
             f"{self._ahead()} batches wait for the disk. Nothing of this one was stored: keep it and send it again later.",
-            retry_after_s=wait_s,
+            retry_after_s=round(max(wait_s, 1.0), 3),
         )
 
     def _prepare_here(self, request: Request, device: str | None, reply: Reply, framing: Framing) -> None:
@@ -190,7 +195,7 @@ class Ingest:
 
     def _prepared_elsewhere(self, size: int, prepared: _Waiting | Response, reply: Reply) -> None:
         self._elsewhere -= 1
-        self._waiting_bytes -= size
+        self._elsewhere_bytes -= size
         if isinstance(prepared, Response):
             reply(prepared)
         else:
@@ -285,6 +290,7 @@ class Ingest:
     def _enqueue(self, waiting: _Waiting) -> None:
         assert self._loop is not None
         self._waiting.append(waiting)
+        self._ready_bytes += waiting.raw_bytes
         self._waiting_bytes += waiting.raw_bytes
         if not self._turning and not self._under_way:
             self._turning = True
@@ -294,12 +300,12 @@ class Ingest:
         """Start a commit unless the last turn brought something, so that more may come to share the sync."""
         assert self._loop is not None
         count = len(self._waiting)
-        if count != seen and count < GROUP_BATCHES and self._waiting_bytes < GROUP_BYTES:
+        if count != seen and count < GROUP_BATCHES and self._ready_bytes < GROUP_BYTES:
             self._loop.call_soon(self._turn, count)
             return
         self._turning = False
         self._under_way = count
-        self._under_way_bytes = self._waiting_bytes
+        self._ready_bytes = 0
         self._commits.put(self._waiting)
         self._waiting = []
 
@@ -324,7 +330,7 @@ class Ingest:
 
     def _answer(self, group: list[_Waiting], answers: Sequence[Appended | Refused] | NotConfirmed) -> None:
         assert self._loop is not None
-        self._under_way = self._under_way_bytes = 0
+        self._under_way = 0
         self._waiting_bytes -= sum(waiting.raw_bytes for waiting in group)
         self._backlog.go_on()
         if self._waiting and not self._turning:
