@@ -37,7 +37,8 @@ class Backlog(Generic[*More]):
         self._may_go_on = may_go_on
         self._monotonic = monotonic
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queue: deque[tuple[float, tuple[*Job]]] = deque()
+        self.bytes = 0
+        self._queue: deque[tuple[float, Request, tuple[*More]]] = deque()
         self._lately_s = self._lately_done = 0.0
         self._turn_ends = 0.0
         self._in_turn = False

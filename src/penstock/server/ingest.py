@@ -49,8 +49,7 @@ BIG_FRAMED_BYTES = 64 << 10  # of bodies that are written anew, event by event
 GROUP_BATCHES = 512
 GROUP_BYTES = 4 << 20
 WAITING_BYTES_MAX = 32 << 20
-# A bomb says 16 MiB: one is unzipped, one waits, and others than bombs do not wait for them.
-ELSEWHERE_BYTES_MAX = 24 << 20
+ELSEWHERE_BYTES_MAX = 48 << 20  # of large ones: one is unzipped, the others wait zipped, and only their like for them
 STORAGE_RETRY_S = 10.0
 PROPERTIES_BYTES_MAX = (1 << 16) - 1  # what a frame's header has room for
 
