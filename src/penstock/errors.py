@@ -209,7 +209,7 @@ class UnsupportedType(BatchRefused):
 
 
 class ExpectationFailed(BatchRefused):
-    """The header Expect asks for something other than 100-continue."""
+    """The header Expect asks for something other than 100-continue. Leave it out."""
 
     status = 417
     title = "The expectation cannot be met"
@@ -253,7 +253,7 @@ class NotConfirmed(BatchRefused):
 
 
 class HubBusy(NotConfirmed):
-    """More batches or connections than the server holds. Send the same again after `retry_after_s`."""
+    """The batch would wait too long, or there are more connections than the server holds. Send the same again after `retry_after_s`."""
 
     title = "The hub is busy"
 
