@@ -43,7 +43,11 @@ class Rig:
 
     def open(self, data: bytes = b"") -> Connection:
         connection = Connection(self.system.url)
-        connection.send(data)
+        try:
+            connection.send(data)
+        except OSError:
+            connection.close()
+            raise
         return connection
 
 
