@@ -4,8 +4,7 @@
     ├── SettingsError               a setting or the place it points to is wrong; nothing was touched (exit 2)
     │   └── FileChanged
     ├── BatchRefused                the API does not take this batch; nothing of it was stored
-    │   ├── MalformedBody · MalformedGzip · EmptyBatch · NoValidEvent · BadHeader · BodyMismatch       400
-    │   ├── BadParameter            400
+    │   ├── MalformedBody · MalformedGzip · EmptyBatch · NoValidEvent · BadHeader · BodyMismatch · BadParameter 400
     │   ├── Unauthenticated 401 · Forbidden · ForbiddenDevice 403
     │   ├── NotFound 404 · MethodNotAllowed 405 · RequestTimeout 408 · LengthRequired 411
     │   ├── ProducerFenced          409

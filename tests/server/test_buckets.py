@@ -29,12 +29,13 @@ from penstock.server.buckets import (
     SLACK_S,
     Buckets,
     Refusal,
+    Sender,
     size_of,
 )
 
 BOOT = bytes(range(16))
 PARTITIONS = 4
-ME, OTHER, THIRD = 101, 202, 303
+ME, OTHER, THIRD, HERE = 101, 202, 303, 404
 
 
 def made(kind: type[Buckets] = Buckets, units: int = 1) -> Buckets:
@@ -45,7 +46,7 @@ def made(kind: type[Buckets] = Buckets, units: int = 1) -> Buckets:
 
 
 def take(buckets: Buckets, now: float, holder: int = ME, cost: float = 0.5, *, once: bool = True) -> Refusal | None:
-    return buckets.take(now, holder, {EVENTS: cost}, once=once)
+    return buckets.take(now, Sender(holder, 0 if once else HERE), {EVENTS: cost})
 
 
 def test_a_bucket_holds_a_second_and_fills_at_its_rate() -> None:
@@ -58,8 +59,8 @@ def test_a_bucket_holds_a_second_and_fills_at_its_rate() -> None:
 
 def test_all_buckets_or_none() -> None:
     buckets = made()
-    assert buckets.take(0.5, ME, {EVENTS: 0.1, BYTES: 1.0, FIRST_PARTITION: 0.2}, once=True) is None
-    refused = buckets.take(0.5, OTHER, {EVENTS: 0.1, BYTES: 0.5, FIRST_PARTITION: 0.2}, once=True)
+    assert buckets.take(0.5, Sender(ME), {EVENTS: 0.1, BYTES: 1.0, FIRST_PARTITION: 0.2}) is None
+    refused = buckets.take(0.5, Sender(OTHER), {EVENTS: 0.1, BYTES: 0.5, FIRST_PARTITION: 0.2})
     assert refused == Refusal(BYTES, 1.0, True)
     # The events that were refused for their bytes were not charged: 0.9 are left.
     assert take(buckets, 0.5, THIRD, 0.9) is None
@@ -117,26 +118,26 @@ def test_beyond_the_horizon_nobody_gets_a_ticket() -> None:
     assert take(buckets, 0.0, 9, HORIZON_S) is None
     assert take(buckets, 0.0, ME, 1.0) == Refusal(EVENTS, HORIZON_S, True)
     assert take(buckets, 0.0, OTHER, 1.0) == Refusal(EVENTS, HORIZON_S + 1.0, False)
-    assert buckets.early(0.0, OTHER, once=True) is None, "a small one may just get the last place"
+    assert buckets.early(0.0, Sender(OTHER)) is None, "a small one may just get the last place"
     # What has no ticket holds up nobody.
     assert take(buckets, 0.0, THIRD, 1.0) == Refusal(EVENTS, HORIZON_S + 1.0, False)
     buckets = made()
     assert take(buckets, 0.0, 9, HORIZON_S + 2.0) is None
-    assert buckets.early(0.0, OTHER, once=True) == Refusal(EVENTS, HORIZON_S + 1.0, False)
+    assert buckets.early(0.0, Sender(OTHER)) == Refusal(EVENTS, HORIZON_S + 1.0, False)
 
 
 def test_who_comes_too_early_is_refused_before_it_is_known_what_he_sends() -> None:
     buckets = made()
-    assert buckets.early(0.0, ME, once=True) is None
+    assert buckets.early(0.0, Sender(ME)) is None
     assert take(buckets, 0.0, 9, 1.0) is None
-    assert buckets.early(0.0, ME, once=True) is None, "without a ticket it has to be looked at"
+    assert buckets.early(0.0, Sender(ME)) is None, "without a ticket it has to be looked at"
     refused = take(buckets, 0.0, ME)
-    assert buckets.early(0.4, ME, once=True) == refused and buckets.tickets == 1
-    assert buckets.early(0.5, ME, once=True) is None
+    assert buckets.early(0.4, Sender(ME)) == refused and buckets.tickets == 1
+    assert buckets.early(0.5, Sender(ME)) is None
     # Without a producer it is another one that sends the same, and waits behind.
     assert take(buckets, 0.0, OTHER, once=False) == Refusal(EVENTS, 1.0, True)
     # It is told a whole second, and who comes by chance before that does not take its place.
-    assert buckets.early(0.0, OTHER, once=False) == Refusal(EVENTS, 2.0, True)
+    assert buckets.early(0.0, Sender(OTHER, HERE)) == Refusal(EVENTS, 2.0, True)
     assert [take(buckets, 1.5, n, once=n != OTHER) for n in (ME, OTHER)] == [None] * 2
     assert take(buckets, 1.5, OTHER, once=False) is not None
     assert [take(buckets, now, OTHER, once=False) for now in (2.0, 2.5)] == [None] * 2
@@ -145,8 +146,8 @@ def test_who_comes_too_early_is_refused_before_it_is_known_what_he_sends() -> No
 def test_a_ticket_keeps_no_place_on_a_bucket_that_is_free_much_sooner() -> None:
     buckets = made()
     mine = buckets.first_name
-    assert buckets.take(0.0, 9, {EVENTS: 1.0, mine: 30.0}, once=True) is None
-    assert buckets.take(0.0, ME, {EVENTS: 0.5, mine: 1.0}, once=True) == Refusal(mine, 30.0, True)
+    assert buckets.take(0.0, Sender(9), {EVENTS: 1.0, mine: 30.0}) is None
+    assert buckets.take(0.0, Sender(ME), {EVENTS: 0.5, mine: 1.0}) == Refusal(mine, 30.0, True)
     assert take(buckets, 0.5, OTHER, 0.5) is None
 
 
@@ -157,7 +158,7 @@ def test_names_have_slots_of_which_only_full_buckets_are_given_away() -> None:
     def slot(name: int, now: float, cost: float = 1.0) -> int:
         costs: dict[int, float] = {}
         buckets.named([(name, cost)], costs, now)
-        assert buckets.take(now, 1, costs, once=True) is None
+        assert buckets.take(now, Sender(1), costs) is None
         return next(iter(costs))
 
     first = [slot(name, 0.0, 3.0 + place) for place, name in enumerate(names[:-1])]
@@ -165,10 +166,10 @@ def test_names_have_slots_of_which_only_full_buckets_are_given_away() -> None:
     # Nothing can be given away: the last shares the bucket that is full first, and gets no more than that has left.
     costs: dict[int, float] = {}
     buckets.named([(names[-1], 1.0)], costs, 0.0)
-    assert costs == {first[0]: 1.0} and buckets.take(0.0, 1, costs, once=True) is not None
+    assert costs == {first[0]: 1.0} and buckets.take(0.0, Sender(1), costs) is not None
     # The second is full again, the rest is not.
     assert slot(names[-1], 4.0) in first[:2]
-    assert buckets.take(4.0, 1, {first[4]: 1.0}, once=True) is not None, "a debt is not forgotten"
+    assert buckets.take(4.0, Sender(1), {first[4]: 1.0}) is not None, "a debt is not forgotten"
 
 
 def test_two_names_of_one_batch_never_take_the_same_free_slot() -> None:
@@ -237,14 +238,14 @@ def test_a_process_that_dies_in_the_midst_of_a_change_leaves_no_place_taken(step
     living.begin(BOOT)
     living.set_units(1)
     costs = {EVENTS: 0.5, BYTES: 0.5}
-    assert living.take(0.0, 9, {EVENTS: 1.0, BYTES: 1.0}, once=True) is None
+    assert living.take(0.0, Sender(9), {EVENTS: 1.0, BYTES: 1.0}) is None
     left = steps
     dying.enter()
-    for name in ("_paid", "_waiting", "_holders", "_due", "_owed"):
+    for name in ("_paid", "_waiting", "_holders", "_peers", "_due", "_owed"):
         setattr(dying, name, Cells(getattr(dying, name)))
     try:
-        dying.take(0.0, ME, costs, once=True)
-        dying.take(0.0, OTHER, costs, once=True)
+        dying.take(0.0, Sender(ME), costs)
+        dying.take(0.0, Sender(OTHER), costs)
     except Dies:
         pass
     living.enter()
@@ -252,7 +253,7 @@ def test_a_process_that_dies_in_the_midst_of_a_change_leaves_no_place_taken(step
     waiting = [living._waiting[bucket] for bucket in (EVENTS, BYTES)]
     assert waiting == [0.5 * living.tickets] * 2
     living.sweep(20.0)
-    assert living.tickets == 0 and living.take(20.0, THIRD, {EVENTS: 2.0, BYTES: 2.0}, once=True) is None
+    assert living.tickets == 0 and living.take(20.0, Sender(THIRD), {EVENTS: 2.0, BYTES: 2.0}) is None
 
 
 class Run(NamedTuple):
@@ -265,19 +266,39 @@ class Run(NamedTuple):
     rate: float
 
 
+def by_producer(client: int, _times: int) -> Sender:
+    return Sender((client + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
+
+
+def by_what_he_sends(client: int, times: int) -> Sender:
+    """All from one address."""
+    return Sender(by_producer(client + 1000 * times, 0).holder, HERE)
+
+
 def closed_loop(
-    buckets: Buckets, clients: int, cost: Callable[[random.Random, int], Mapping[int, float]], *, late_s: float
+    buckets: Buckets,
+    clients: int,
+    cost: Callable[[random.Random, int], Mapping[int, float]],
+    *,
+    late_s: float,
+    sender: Callable[[int, int], Sender] = by_producer,
+    anew: bool = False,
 ) -> Run:
-    """Clients that send the next batch as soon as one is in, wait for whole seconds as they are told, and come up to `late_s` later."""
+    """Clients that send the next batch as soon as one is in, wait for whole seconds as they are told, and come up to `late_s` later.
+
+    `anew`: with other bytes than those that were refused.
+    """
     chance, seconds = random.Random(7), 60.0
     coming = [(chance.random(), client, False) for client in range(clients)]
     came_back = let_in = 0
     total, lowest, excess = 0.0, math.inf, 0.0
+    sent = [0] * clients
     while coming[0][0] < seconds:
         now, client, told = heapq.heappop(coming)
-        costs, holder = cost(chance, client), (client + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+        costs, who = cost(chance, client), sender(client, sent[client])
         buckets.sweep(now)
-        refused = buckets.early(now, holder, once=True) or buckets.take(now, holder, costs, once=True)
+        refused = buckets.early(now, who) or buckets.take(now, who, costs)
+        sent[client] += refused is None or anew
         came_back += told
         if refused is None:
             let_in += told
@@ -314,9 +335,20 @@ def test_who_waits_as_long_as_he_was_told_gets_in(load: str, late_s: float) -> N
         assert run.rate > 0.75
 
 
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("load", ["few", "large and small"])
+def test_so_does_who_does_not_say_who_he_is(load: str, anew: bool) -> None:
+    clients, cost = LOADS[load]
+    run = closed_loop(made(), clients, cost, late_s=0.01, sender=by_what_he_sends, anew=anew)
+    # Who sends other bytes than those that were refused is only somebody from the same address.
+    assert run.came_back > 15 and run.let_in >= (0.9 if anew else 0.95) * run.came_back, run
+    assert run.rate > 0.75
+    assert run.excess_s <= SLACK_S + 2.5
+
+
 def test_without_the_queue_they_would_not() -> None:
     class Queueless(Buckets):
-        def _queue(self, now: float, holder: int, refused: list[tuple[float, int, float]], *, once: bool) -> Refusal:
+        def _queue(self, now: float, sender: Sender, refused: list[tuple[float, int, float]]) -> Refusal:
             due, bucket, _ = max(refused)
             return Refusal(bucket, due, False)
 
@@ -341,8 +373,9 @@ def beyond(buckets: Buckets, steps: list[Step], once: Callable[[int], bool] = la
         now += pause
         buckets.enter()
         buckets.sweep(now)
-        refused = buckets.early(now, holder, once=once(holder))
-        refused = refused or buckets.take(now, holder, {EVENTS: events, BYTES: size}, once=once(holder))
+        sender = Sender(holder, 0 if once(holder) else HERE)
+        refused = buckets.early(now, sender)
+        refused = refused or buckets.take(now, sender, {EVENTS: events, BYTES: size})
         buckets.leave()
         if refused is None:
             for bucket, cost in ((EVENTS, events), (BYTES, size)):

@@ -535,7 +535,7 @@ def test_a_bug_in_the_preparation_is_answered_and_logged(monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> bytes:
         raise KeyError("secret")
 
-    monkeypatch.setattr(ingest_module, "ndjson", broken)
+    monkeypatch.setattr(ingest_module, "unzip", broken)
 
     async def act(intake: Intake) -> None:
         refused(await intake.post(), 500, "internal_error")

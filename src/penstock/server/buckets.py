@@ -34,12 +34,14 @@ BURST_S: Final = 1.0
 LATE_S: Final = 3.0
 SLACK_S: Final = LATE_S + 3 * BURST_S
 HORIZON_S: Final = 60.0
+MORE: Final = 1.25
+"""So much more than was refused a ticket lets in: the next batch of a client is about as large as the last."""
 EVENTS, BYTES, FIRST_PARTITION = 0, 1, 2
 NAMES: Final = 1 << 14
 TICKETS: Final = 1 << 13
 
 _CELL = 8
-_VERSION = 1
+_VERSION = 2
 _UNITS, _OUT, _SWEEP, _CHANGING, _REFUSED, _SECONDS = 4, 5, 6, 7, 8, 16  # cells of the head, behind its identity
 KEY_EVENTS, KEY_BYTES, DEVICE_EVENTS = range(3)
 """What a name is of: its last two bits."""
@@ -50,8 +52,17 @@ _HEAD = _SECONDS + 3 * _RING
 _NAME_TRIES, _TICKET_TRIES = 16, 64
 _CHARGES_MAX = 4
 _KIND_BITS = 3
+_NO_CHARGES = memoryview(bytes(2 * _CHARGES_MAX * _CELL)).cast("d")
 _SWEEP_S = 1.0
 _NOTHING = 1e-9
+
+
+class Sender(NamedTuple):
+    """Whose ticket it is. Who says who he is has one at most. Who does not (`peer` is not 0) is known by what he sends, and others may send
+    the same; if he sends something else the next time, all that is known is where from."""
+
+    holder: int
+    peer: int = 0
 
 
 class Refusal(NamedTuple):
@@ -71,12 +82,13 @@ class Buckets:
         places = TICKETS + _TICKET_TRIES
         self._partitions = partitions
         self._memory = memory
-        cells = iter(_cut(memory, (_HEAD, buckets, buckets, NAMES, places, places, places * 2 * _CHARGES_MAX)))
+        cells = iter(_cut(memory, (_HEAD, buckets, buckets, NAMES, places, places, places, places * 2 * _CHARGES_MAX)))
         head = next(cells)
         self._whole, self._real = head.cast("Q"), head.cast("d")
         self._paid, self._waiting = next(cells).cast("d"), next(cells).cast("d")
         self._names = next(cells).cast("Q")
-        self._holders, self._due, self._owed = next(cells).cast("Q"), next(cells).cast("d"), next(cells).cast("d")
+        self._holders, self._peers = next(cells).cast("Q"), next(cells).cast("Q")
+        self._due, self._owed = next(cells).cast("d"), next(cells).cast("d")
 
     @property
     def units(self) -> int:
@@ -103,7 +115,7 @@ class Buckets:
         if units != self.units:
             self._whole[_UNITS] = units
             self._whole[_OUT] = 0
-            for cells in (self._paid, self._waiting, self._names, self._holders, self._due):
+            for cells in (self._paid, self._waiting, self._names, self._holders, self._peers, self._due):
                 cells.cast("B")[:] = bytes(cells.nbytes)
 
     def enter(self) -> None:
@@ -125,14 +137,16 @@ class Buckets:
         """The name that has this slot."""
         return self._names[bucket - self.first_name]
 
-    def take(self, now: float, holder: int, costs: Mapping[int, float], *, once: bool) -> Refusal | None:
-        """Take the costs from all buckets, or from none. `once`: the holder has one ticket at most."""
-        held = self._held(holder, now) if self._whole[_OUT] else []
+    def take(self, now: float, sender: Sender, costs: Mapping[int, float]) -> Refusal | None:
+        """Take the costs from all buckets, or from none."""
+        once = not sender.peer
+        held = self._held(sender.holder, now) if self._whole[_OUT] else []
         claimed = bool(held) and self._due[held[0]] <= now and self._claim(held.pop(0), costs, now)
         if not claimed and (refused := self._refused(now, costs.items())):
             if once and held:
                 return Refusal(self._bucket(held[0]), self._due[held[0]], True)
-            return self._queue(now, holder, refused, once=once)
+            if once or held or not self._borrow(sender.peer, costs, now):
+                return self._queue(now, sender, refused)
         if once and held:  # let in before its time
             self._drop(held[0])
         paid = self._paid
@@ -141,9 +155,9 @@ class Buckets:
             paid[bucket] = (before if before > now else now) + cost
         return None
 
-    def early(self, now: float, holder: int, *, once: bool) -> Refusal | None:
+    def early(self, now: float, sender: Sender) -> Refusal | None:
         """The refusal of a batch of which nothing is known but who sends it; None: it has to be looked at."""
-        held = self._held(holder, now)
+        held = self._held(sender.holder, now)
         if not held:
             return self._beyond(now)
         first = held[0]
@@ -152,11 +166,9 @@ class Buckets:
         refused = self._refused(now, self._costs(first))
         if not refused:
             return None
-        # Who gives no producer is known by what he sends, and others may send the same: it is one more that waits.
+        # Of those who send the same it is one more that waits.
         return (
-            Refusal(self._bucket(first), self._due[first], True)
-            if once
-            else self._queue(now, holder, refused, once=once)
+            self._queue(now, sender, refused) if sender.peer else Refusal(self._bucket(first), self._due[first], True)
         )
 
     def note(self, now: float, events: int, size: int) -> None:
@@ -224,7 +236,7 @@ class Buckets:
             found.append((paid + waiting + min(cost, BURST_S) - BURST_S, bucket, cost))
         return found
 
-    def _queue(self, now: float, holder: int, refused: list[tuple[float, int, float]], *, once: bool) -> Refusal:
+    def _queue(self, now: float, sender: Sender, refused: list[tuple[float, int, float]]) -> Refusal:
         """A ticket on the buckets that make it wait: the last to let it in, and those that take at least half as long.
 
         On one that is free much sooner it would keep a place that others could use. Of several that cannot be told apart each is due at a
@@ -232,10 +244,10 @@ class Buckets:
         """
         refused.sort(reverse=True)
         due, bucket, _ = refused[0]
-        place = self._place(holder) if due <= now + HORIZON_S else None
+        place = self._place(sender.holder) if due <= now + HORIZON_S else None
         if place is None:
             return Refusal(bucket, due, False)
-        ready, due = due, due if once else now + max(1, math.ceil(due - now))
+        ready, due = due, now + max(1, math.ceil(due - now)) if sender.peer else due
         at = place * 2 * _CHARGES_MAX
         for number in range(_CHARGES_MAX):
             if number < len(refused) and refused[number][0] - now >= (ready - now) / 2:
@@ -244,17 +256,38 @@ class Buckets:
             else:
                 one, cost = 0, 0.0
             self._owed[at + 2 * number], self._owed[at + 2 * number + 1] = one, cost
-        self._due[place], self._holders[place] = due, holder
+        self._peers[place], self._due[place], self._holders[place] = sender.peer, due, sender.holder
         self._whole[_OUT] += 1
         return Refusal(bucket, due, True)
 
     def _claim(self, ticket: int, costs: Mapping[int, float], now: float) -> bool:
-        """Give the ticket back. True if it lets these costs in: they are no more than what was refused, and no bucket is too far behind."""
+        """Give the ticket back. True if it lets these costs in."""
         owed = self._costs(ticket)
         self._drop(ticket)
-        return all(costs.get(bucket, 0.0) <= cost for bucket, cost in owed) and all(
+        return self._is_for(owed, costs, now)
+
+    def _is_for(self, owed: list[tuple[int, float]], costs: Mapping[int, float], now: float) -> bool:
+        """The costs are about what was refused, and no bucket is too far behind."""
+        return all(costs.get(bucket, 0.0) <= MORE * cost for bucket, cost in owed) and all(
             self._paid[bucket] <= now + SLACK_S for bucket in costs
         )
+
+    def _borrow(self, peer: int, costs: Mapping[int, float], now: float) -> bool:
+        """Let someone in on a due ticket of his address, once each: it may be his own, and he sends something else this time.
+
+        Whoever holds it can claim it all the same. Both together are more than it was made for, so those who come after them wait longer.
+        """
+        peers = self._peers.tolist() if self._whole[_OUT] else []
+        at = -1
+        while peer in peers[at + 1 :]:
+            at = peers.index(peer, at + 1)
+            owed = self._costs(at)
+            if now - LATE_S <= self._due[at] <= now and self._is_for(owed, costs, now):
+                self._unwait(owed)
+                self._peers[at] = 0
+                self._owed[at * 2 * _CHARGES_MAX : (at + 1) * 2 * _CHARGES_MAX] = _NO_CHARGES
+                return True
+        return False
 
     def _beyond(self, now: float) -> Refusal | None:
         """More waits than tickets are given for: nothing can get in, however small it is."""
@@ -283,10 +316,13 @@ class Buckets:
         return first + window.index(0) if 0 in window else None
 
     def _drop(self, ticket: int) -> None:
-        for bucket, cost in self._costs(ticket):
-            self._waiting[bucket] = max(0.0, self._waiting[bucket] - cost)
-        self._holders[ticket], self._due[ticket] = 0, 0.0
+        self._unwait(self._costs(ticket))
+        self._holders[ticket], self._peers[ticket], self._due[ticket] = 0, 0, 0.0
         self._whole[_OUT] -= 1
+
+    def _unwait(self, owed: list[tuple[int, float]]) -> None:
+        for bucket, cost in owed:
+            self._waiting[bucket] = max(0.0, self._waiting[bucket] - cost)
 
     def _costs(self, ticket: int) -> list[tuple[int, float]]:
         at = ticket * 2 * _CHARGES_MAX
@@ -316,7 +352,7 @@ class Buckets:
 def size_of(partitions: int) -> int:
     """Bytes of memory for this many partitions."""
     places = TICKETS + _TICKET_TRIES
-    return _CELL * (_HEAD + 2 * (FIRST_PARTITION + partitions + NAMES) + NAMES + places * (2 + 2 * _CHARGES_MAX))
+    return _CELL * (_HEAD + 2 * (FIRST_PARTITION + partitions + NAMES) + NAMES + places * (3 + 2 * _CHARGES_MAX))
 
 
 def _identity(boot: bytes, partitions: int) -> bytes:

@@ -265,7 +265,7 @@ def _with_properties(request: Request) -> Request:
     given = Request(
         request.method, request.path, request.query, own | request.headers, request.body, request.keep_alive
     )
-    given.grant = request.grant
+    given.grant, given.peer = request.grant, request.peer
     return given
 
 

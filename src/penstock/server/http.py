@@ -49,7 +49,7 @@ class Connection(asyncio.Protocol):
     """One client. `_current` is the request that is being handled, `_held` what waits unparsed behind it."""
 
     __slots__ = (
-        *("_blocked", "_closing", "_current", "_ended", "_held", "_parser", "_paused"),
+        *("_blocked", "_closing", "_current", "_ended", "_held", "_parser", "_paused", "_peer"),
         *("_server", "_since", "_stepping", "_transport", "_unsent"),
     )
 
@@ -58,6 +58,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = Parser(server.limits)
         self._held = b""
+        self._peer = ""
         self._current: Request | None = None
         self._since = server.now
         self._unsent = 0
@@ -68,8 +69,9 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
+        self._peer = peer[0] if peer else "gone"
         try:
-            refusal = self._server.enter(self, peer[0] if peer else "gone")
+            refusal = self._server.enter(self, self._peer)
         except ConnectionAbortedError:
             self._transport.abort()
         else:
@@ -140,6 +142,7 @@ class Connection(asyncio.Protocol):
             self._refuse(item if isinstance(item, PenstockError) else self._server.fault(item))
             return
         self._current = item
+        item.peer = self._peer
         try:
             self._server.handler(item, self._reply)
         except Exception as error:

@@ -35,10 +35,10 @@ NOBODY = Grant(Right.NONE)
 class Request:
     """A request that has arrived whole. `path` and `query` are raw; header names are lower case, repeats joined by `, `.
 
-    `grant` is what its sender may, set before the action of its route is called.
+    `grant` is what its sender may, set before the action of its route is called; `peer` the address it came from, where that is known.
     """
 
-    __slots__ = ("body", "grant", "headers", "keep_alive", "method", "path", "query")
+    __slots__ = ("body", "grant", "headers", "keep_alive", "method", "path", "peer", "query")
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class Request:
         self.body = body
         self.keep_alive = keep_alive
         self.grant = NOBODY
+        self.peer = ""
 
 
 class Response(NamedTuple):

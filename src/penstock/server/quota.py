@@ -5,7 +5,7 @@ the server's stamp and before zip. When units are set, a partition takes 1,000 e
 everything that limits it, or on nothing: when it is known what is in it, and before it is queued for the commit. How, stands in
 buckets.py; what all workers know together lies in the memory of DATA/run/quota.
 
-Who comes back is known by his key and his producer, and where he gives none by his key and what he sends.
+Who comes back is known by his key and his producer, and where he gives none by his key and what he sends, or where he sends from.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from penstock.server.buckets import (
     OF_UNITS,
     Buckets,
     Refusal,
+    Sender,
 )
 from penstock.server.message import Grant, Request
 from penstock.server.shared import Shared
@@ -70,11 +71,11 @@ class Quota:
         if not buckets.tickets:
             return
         now = self._clock.monotonic()
-        holder, once = _holder(request)
+        sender = _sender(request)
         if not self._enter(now):
             return
         try:
-            refusal = buckets.early(now, holder, once=once)
+            refusal = buckets.early(now, sender)
             if refusal is not None:
                 buckets.count_refused(refusal.bucket)
         finally:
@@ -97,14 +98,14 @@ class Quota:
         names = _key_names(grant, batch.accepted, size)
         devices = self._device_names(batch)
         now = self._clock.monotonic()
-        holder, once = _holder(request)
+        sender = _sender(request)
         if not self._enter(now):
             return
         try:
             buckets = self._buckets
             buckets.sweep(now)
             buckets.named((*names, *((name, cost) for name, (_, cost) in devices.items())), costs, now)
-            refusal = buckets.take(now, holder, costs, once=once)
+            refusal = buckets.take(now, sender, costs)
             if refusal is None:
                 buckets.note(now, batch.accepted, size)
             else:
@@ -178,16 +179,16 @@ def _name(text: bytes, kind: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & ~7 | 4 | kind
 
 
-def _holder(request: Request) -> tuple[int, bool]:
-    """Who would have a ticket; and whether he has one at most, as nobody else says that he is he."""
+def _sender(request: Request) -> Sender:
     numbered = request.headers.get(b"penstock-producer")
     key = request.grant.key.encode()
     if numbered is not None:
-        return _name(b"%b\0p%b" % (key, numbered.partition(b";")[0]), 0), True
+        return Sender(_name(b"%b\0p%b" % (key, numbered.partition(b";")[0]), 0))
     # Not the first bytes: gzip has the time there, and who zips again before he sends again is still the same.
     body, size = request.body, len(request.body)
     ends = body[_GZIP_HEAD_BYTES:_SEEN_BYTES], body[max(_GZIP_HEAD_BYTES, size - _SEEN_BYTES) :]
-    return _name(b"%b\0b%b\0%d\0%b\0%b" % (key, request.path, size, *ends), 0), False
+    holder = _name(b"%b\0b%b\0%d\0%b\0%b" % (key, request.path, size, *ends), 0)
+    return Sender(holder, _name(b"%b\0a%b" % (key, request.peer.encode()), 0))
 
 
 def _devices(groups: Iterable[Group], field: str) -> Counter[str]:
