@@ -146,9 +146,14 @@ def send_file(system: System, lines: list[bytes], *, forgets: bool) -> list[str]
             if sending.ended:
                 break
             sending.kill()
+            if (
+                "accepted in" in sending.text()
+            ):  # killed behind its report: who is told that all is sent does not send it again
+                break
         else:
             sending = system.process(*command, program=("-c", SEND), log="send-last")
-        assert sending.wait(120) == 0, sending.text()
+            assert sending.wait(120) == 0, sending.text()
+        assert "accepted in" in sending.text()
         assert forgets or (attempt > 5 and len(proxy.done) == len(FaultProxy.FAULTS) + 1), (attempt, proxy.done)
     system.settle()
     return problems(system.store, 16, [[Batch(lines)]])

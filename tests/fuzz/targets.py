@@ -38,12 +38,14 @@ from penstock.errors import (
 )
 from penstock.events import FrameKind
 from penstock.processor.lease import decode_lease, encode_lease
+from penstock.server import trace
 from penstock.server.auth import KeyGuard, _ring
-from penstock.server.ingest import _numbers, _properties
+from penstock.server.ingest import _properties
 from penstock.server.keys import Key
 from penstock.server.keys import decode as decode_keys
 from penstock.server.keys import encode as encode_keys
 from penstock.server.message import Request, Right
+from penstock.server.numbers import _numbered, number_of
 from penstock.server.parser import Limits, Parser
 from penstock.server.read import Reads
 from penstock.testing import FakeClock, MemoryBlobs, MemoryHub, MemoryLog
@@ -208,12 +210,19 @@ class _Groups:
 def headers(data: bytes) -> None:
     """What clients say in headers, paths and queries is understood, or refused as such."""
     given = Given(data)
-    way, text = given.byte() % 4, given.rest()
+    way, text = given.byte(), given.rest()
+    way = way - 248 if way in (252, 253) else way % 4
     try:
-        if way == 0:
-            producer, epoch, sequence, after, sha256 = _numbers(text)
+        if way == 4:
+            number = number_of(Request(b"POST", b"/", b"", {b"idempotency-key": text}, b"{}"), None)
+            assert number is not None and (number.epoch, number.sequence, number.after) == (0, 1, None)
+        elif way == 5:
+            told = trace.fields({b"traceparent": text})
+            assert not told or (len(told["trace_id"]) == 32 and told["trace_id"].encode() in text)
+        elif way == 0:
+            producer, epoch, sequence, after, sha256 = _numbered(text)
             again = f"{producer};epoch={epoch};sequence={sequence};sha256={sha256.hex()}".encode()
-            assert _numbers(again) == (producer, epoch, sequence, None, sha256)
+            assert _numbered(again) == (producer, epoch, sequence, None, sha256)
             assert after is None or 0 <= after < 1 << 63
         elif way == 1:
             name, _, value = text.partition(b":")

@@ -12,7 +12,7 @@ import pytest
 from penstock import sas
 from penstock.client import answers
 from penstock.errors import PenstockError
-from penstock.server import auth, ingest
+from penstock.server import auth, numbers
 from penstock.server.parser import Parser
 from penstock.wire import body, frame, route
 from tests.fuzz.__main__ import CORPUS, fuzz
@@ -49,7 +49,7 @@ def by_name(self: PenstockError, detail: str, **fields: object) -> None:
         ("body", route, "_adds_up", lambda *_: True),
         ("zipped", body, "_gunzip", one_shot),
         ("http", Parser, "on_body", unbounded),
-        ("headers", ingest, "_PRODUCER_ID", frozenset(range(256))),
+        ("headers", numbers, "_PRODUCER_ID", frozenset(range(256))),
         ("authorization", sas.Resource, "covers", lambda *_: True),
         ("authorization", auth, "compare_digest", lambda *_: True),
         ("frame", frame, "sources_of", lambda _frame: ()),
