@@ -42,7 +42,10 @@ class Group(msgspec.Struct, frozen=True, gc=False):
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
-    """What a POST becomes before it is committed. `retry_safe`: the client gave the producer number itself."""
+    """What a POST becomes before it is committed. `retry_safe`: the client gave the producer number itself.
+
+    `owner` is the name of the key that it came with; empty without keys.
+    """
 
     producer: str
     epoch: int
@@ -54,6 +57,7 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
     properties: bytes = b""
     device_field: str = DEVICE_FIELD
     after: int | None = None
+    owner: str = ""
 
 
 class Appended(msgspec.Struct, frozen=True, gc=False):

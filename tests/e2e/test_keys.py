@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import stat
@@ -394,3 +395,51 @@ def test_a_start_with_keys_keeps_them_and_one_without_ignores_them(tmp_path: Pat
             assert request(wide.url, "GET", "/v1/status").status == 401
             assert wide.run("send", "-", stdin=b'{"deviceId":"d-1"}\n').returncode == 0
             assert "travel in the clear" in wide.up.text()
+
+
+def test_a_producer_belongs_to_the_name_of_its_key(rig: Rig) -> None:
+    """Whoever learns its id can neither fence it nor read of it; who has got another key of the name goes on."""
+    mine, other = rig.create("--name", "gateways"), rig.create("--name", "strangers", "--device", "other-1")
+
+    def send(key: Any, number: str, device: str) -> int:
+        body = b'{"deviceId":"%b"}' % device.encode()
+        numbered = f"gw-of-mine;{number};sha256={hashlib.sha256(body).hexdigest()}"
+        headers = {**NDJSON, "Authorization": f"Bearer {key['key']}", "Penstock-Producer": numbered}
+        return request(rig.system.url, "POST", "/v1/events", body, headers).status
+
+    def seen(key: Any) -> int:
+        headers = {"Authorization": f"Bearer {key['key']}"}
+        return request(rig.system.url, "GET", "/v1/producers/gw-of-mine", headers=headers).status
+
+    assert send(mine, "epoch=1;sequence=1", "d-1") == 200
+    assert send(other, "epoch=9;sequence=1", "other-1") == 409
+    assert send(mine, "epoch=1;sequence=1", "d-1") == 200, "a duplicate, as before"
+    assert (seen(mine), seen(other)) == (200, 404)
+    rig.revoke(mine["kid"])
+    assert send(rig.create("--name", "gateways"), "epoch=1;sequence=2", "d-1") == 200
+
+
+def test_keys_of_neighbours_and_of_replaced_keys_do_not_meet(rig: Rig) -> None:
+    """The same Idempotency-Key and body: once for each device and header that says what is stored, and again for a key of the same name."""
+    key = rig.create("--name", "counting")
+    before = sum(rig.system.ends())
+
+    def send(path: str, authorization: str, body: bytes = b'{"t":99}', **headers: str) -> int:
+        given = {"Authorization": authorization, "Idempotency-Key": "1"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        return request(rig.system.url, "POST", path, body, given).status
+
+    bearer = f"Bearer {key['key']}"
+    for _ in range(2):
+        for device in ("d-1", "d-2"):
+            assert send("/telemetry/messages", bearer, BrokerProperties=f'{{"PartitionKey":"{device}"}}') == 201
+            assert send(f"/v1/devices/{device}/events", bearer, Content_Type="application/json") == 200
+            assert send(f"/telemetry/publishers/{device}/messages", bearer) == 201
+        for field in ("a", "b"):
+            body = b'{"a":"A1","b":"B1"}'
+            assert send("/v1/events", bearer, body, Content_Type="application/json", Penstock_Device_Field=field) == 200
+        assert sum(rig.system.ends()) - before == 8
+        replaced = rig.create("--name", "counting")
+        rig.revoke(key["kid"])
+        key, bearer = replaced, f"Bearer {replaced['key']}"

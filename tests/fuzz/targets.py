@@ -214,7 +214,7 @@ def headers(data: bytes) -> None:
     way = way - 248 if way in (252, 253) else way % 4
     try:
         if way == 4:
-            number = number_of(Request(b"POST", b"/", b"", {b"idempotency-key": text}, b"{}"), None)
+            number = number_of(Request(b"POST", b"/", b"", {b"idempotency-key": text}, b"{}"))
             assert number is not None and (number.epoch, number.sequence, number.after) == (0, 1, None)
         elif way == 5:
             told = trace.fields({b"traceparent": text})

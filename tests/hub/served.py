@@ -46,7 +46,7 @@ def served(hub: Any, groups: Groups | None = None, *, port: int = 0) -> Iterator
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     log = MemoryLog()
-    reads = Reads(hub, groups=groups or NoGroups(), status=dict, producer=lambda _: None, check=lambda: None)
+    reads = Reads(hub, groups=groups or NoGroups(), status=dict, producer=lambda *_: None, check=lambda: None)
 
     async def start(sock: socket.socket) -> tuple[Server, Any]:
         app = make_app(NoIntake(), reads, close=lambda: None, log=log)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ class Api:
             self.hub,
             groups=self.groups,
             status=lambda: {"ok": True, "totals": 1},
-            producer=lambda name: {"producer": name} if name.startswith("known") else None,
+            producer=lambda name, _owner: {"producer": name} if name.startswith("known") else None,
             check=self._check,
         )
         every = routes(self.intake, self.reads, self._run)

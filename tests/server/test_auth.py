@@ -73,7 +73,7 @@ def test_a_key_opens_and_tells_what_it_is_for(door: Door) -> None:
     assert (grant.allows("d-1"), grant.allows("e-1")) == (True, False)
     assert door.ask(f"bearer   {made.text} ") == grant
     every = door.ask(f"Bearer {door.keys.create(['manage']).text}")
-    assert every == Grant(Right.SEND | Right.LISTEN | Right.MANAGE, every.key)
+    assert every == Grant(Right.SEND | Right.LISTEN | Right.MANAGE, every.key, name=every.key)
 
 
 WRONG: dict[str, Callable[[NewKey, Door], bytes | str | None]] = {

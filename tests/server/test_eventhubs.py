@@ -34,7 +34,7 @@ def hubs(act: Callable[[Post], Awaitable[None]]) -> HeldHub:
     hub = HeldHub()
 
     async def whole(intake: Intake) -> None:
-        reads = Reads(hub, groups=None, status=dict, producer=lambda _: None, check=lambda: None)  # type: ignore[arg-type]
+        reads = Reads(hub, groups=None, status=dict, producer=lambda *_: None, check=lambda: None)  # type: ignore[arg-type]
         router = Router(routes(intake.ingest, reads, lambda _: lambda *_: None), lambda _: ANYONE._replace(key="k-1"))
 
         def post(target: str, body: bytes | list[Any], **headers: bytes) -> asyncio.Future[Response]:

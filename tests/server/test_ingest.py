@@ -96,8 +96,9 @@ class Intake:
 
         self.posts += 1
         named = {name.replace("_", "-").encode(): value for name, value in headers.items()}
-        request = Request(b"POST", b"/v1/events", b"", named, body)
-        request.grant = ANYONE._replace(key=key)
+        path = b"/v1/events" if device is None else b"/v1/devices/%b/events" % device.encode()
+        request = Request(b"POST", path, b"", named, body)
+        request.grant = ANYONE._replace(name=key)
         self.ingest.post(request, device, reply)
         return future
 
@@ -261,7 +262,7 @@ def test_an_idempotency_key_is_a_number() -> None:
 
     async def act(intake: Intake) -> None:
         first = answer(await intake.post(idempotency_key=b"8e03978e-40d5"))
-        name = hashlib.sha256(b"\x008e03978e-40d5").hexdigest()[:32]
+        name = hashlib.sha256(b"\0\0/v1/events\x008e03978e-40d5").hexdigest()[:32]
         assert first == {"batch": f"idempotency:{name}:0:1", "accepted": 1, "duplicate": False, "rejected": []}
         again = answer(await intake.post(idempotency_key=b"8e03978e-40d5"))
         assert again == first | {"duplicate": True}
@@ -659,7 +660,7 @@ def test_a_bug_in_the_preparation_elsewhere_is_answered(monkeypatch: pytest.Monk
     monkeypatch.setattr(ingest_module, "unzip", fail)
 
     async def act(intake: Intake) -> None:
-        refused(await intake.post(EVENT * 20_000), 503, "hub_unavailable")
+        refused(await intake.post(EVENT * 20_000), 500, "internal_error")
         assert intake.log.lines[0][0] == "exception"
 
     run(act)

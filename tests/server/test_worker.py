@@ -33,7 +33,7 @@ def listening():
 
 def build():
     intake.loop = asyncio.get_running_loop()
-    reads = Reads(MemoryHub(), groups=None, status=lambda: {"ok": True}, producer=lambda _: None, check=lambda: None)
+    reads = Reads(MemoryHub(), groups=None, status=lambda: {"ok": True}, producer=lambda *_: None, check=lambda: None)
     return make_app(intake, reads, close=lambda: print("closed", flush=True), log=MemoryLog())
 
 intake = Intake()

@@ -303,7 +303,7 @@ def _app(
             hub,
             groups=hub.groups,
             status=status,
-            producer=lambda producer: _producer(hub, producer),
+            producer=lambda producer, owner: _producer(hub, producer, owner),
             check=check,
         ),
         close=ingest.close,
@@ -313,10 +313,12 @@ def _app(
     )
 
 
-def _producer(hub: EmbeddedHub, producer: str) -> Producer | None:
+def _producer(hub: EmbeddedHub, producer: str, owner: str) -> Producer | None:
     try:
         found = hub.producer(producer)
     except NotFound:
+        return None
+    if owner and found.owner != owner:
         return None
     kept = [
         KeptBatch(

@@ -30,12 +30,16 @@ class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Producer(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A producer as the hub knows it. `kept` is oldest first, and may reach back over an epoch change."""
+    """A producer as the hub knows it. `kept` is oldest first, and may reach back over an epoch change.
+
+    `owner` is the name of the key that its first batch came with; empty if it came without one.
+    """
 
     epoch: int
     sequence: int
     seen_at_ms: int
     kept: tuple[Kept, ...]
+    owner: str = ""
 
 
 _DECODER = msgspec.msgpack.Decoder(Producer)
@@ -61,6 +65,12 @@ def judge(known: Producer | None, batch: Batch) -> Appended | NumberReused | Num
     """The answer for a batch that must not be stored (again); None when it must be."""
     if known is None:
         return None
+    if known.owner and batch.owner and known.owner != batch.owner:
+        return ProducerFenced(
+            f"Producer {batch.producer} sends with a key of another name. Nothing was stored; take a new producer id.",
+            last_epoch=known.epoch,
+            last_sequence=known.sequence,
+        )
     for kept in known.kept:
         if kept.epoch == batch.epoch and kept.sequence == batch.sequence:
             if kept.sha256 == batch.sha256:
@@ -108,4 +118,5 @@ def remember(known: Producer | None, batch: Batch, enqueued_at_ms: int, ranges: 
     """The entry after `batch` is stored. `ranges` may be filled later, before it is encoded."""
     kept = Kept(batch.epoch, batch.sequence, batch.sha256, batch.accepted, enqueued_at_ms, ranges)
     before = known.kept[-(KEPT_BATCHES - 1) :] if known else ()
-    return Producer(batch.epoch, batch.sequence, enqueued_at_ms, (*before, kept))
+    owner = known.owner if known and known.owner else batch.owner
+    return Producer(batch.epoch, batch.sequence, enqueued_at_ms, (*before, kept), owner)

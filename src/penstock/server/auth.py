@@ -157,7 +157,7 @@ def _ring(keys: Sequence[Key]) -> _Ring:
     for key in keys:
         if key.revoked is not None:
             continue
-        grant = Grant(key.right, key.kid, allows(key.devices), key.events_per_s, key.bytes_per_s)
+        grant = Grant(key.right, key.kid, allows(key.devices), key.events_per_s, key.bytes_per_s, key.name)
         known = _Known(bytes.fromhex(key.sha256), key.shared_access_key.encode(), grant)
         by_kid[key.kid.encode()] = known
         for name in {key.kid.encode(), key.name.encode()}:
@@ -168,4 +168,4 @@ def _ring(keys: Sequence[Key]) -> _Ring:
 def _for_one(grant: Grant, device: str) -> Grant:
     """What is left of a grant for one publisher: it may send, and for this device, if that is one of the key's at all."""
     own = frozenset((device,) if grant.allows is None or grant.allows(device) else ())
-    return grant._replace(rights=grant.rights & Right.SEND, allows=own.__contains__)
+    return grant._replace(rights=grant.rights & Right.SEND, allows=own.__contains__, publisher=device)

@@ -249,7 +249,7 @@ def _malformed(index: int, why: str) -> MalformedBody:
 def _partition_key(headers: Mapping[bytes, bytes]) -> str | None:
     try:
         return _BROKER.decode(headers.get(b"brokerproperties", b"{}")).partition_key
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadHeader(f"BrokerProperties is not a JSON object: {error}.", header="brokerproperties") from error
 
 

@@ -41,7 +41,7 @@ from penstock.server.numbers import Number, number_of
 from penstock.server.problems import problem, unexpected
 from penstock.server.quota import Quota
 from penstock.wire.body import unzip, unzipped_bytes
-from penstock.wire.route import Allows, Rejected, Router, Stamp, is_field
+from penstock.wire.route import DEVICE_BYTES_MAX, Allows, Rejected, Router, Stamp, is_field
 
 BIG_BODY_BYTES = 256 << 10
 BIG_BATCH_BYTES = 2 << 20
@@ -187,9 +187,9 @@ class Ingest:
             prepared = self._prepare(request, device, reply, framing)
         except PenstockError as error:
             prepared = problem(error)
-        except Exception:
+        except Exception as error:
             self._log.exception("a batch could not be prepared", **trace.fields(request.headers))
-            prepared = problem(HubUnavailable("The server failed on this batch; nothing of it was stored."))
+            prepared = problem(unexpected(error))
         self._loop.call_soon_threadsafe(self._prepared_elsewhere, size, prepared, reply)
 
     def _prepared_elsewhere(self, size: int, prepared: _Waiting | Response, reply: Reply) -> None:
@@ -205,7 +205,7 @@ class Ingest:
         if not request.body:
             raise EmptyBatch("The body is empty. Nothing was stored.")
         properties = _properties(request.headers)
-        given = number_of(request, device)
+        given = number_of(request)
         number = given or Number(self._worker, 0, next(self._numbers), None, b"")
         framed = self._framed(request, device, framing)
         lines, field, device = framed[:3]
@@ -237,6 +237,7 @@ class Ingest:
             properties,
             field,
             number.after,
+            request.grant.name,
         )
         size = sum([len(group.content) for group in routed.groups])
         if self._quota is not None:
@@ -262,7 +263,7 @@ class Ingest:
 
     def _check_devices(self, allows: Allows, field: str, device: str | None) -> None:
         if device is not None and not allows(device):
-            raise ForbiddenDevice("The key is not for the device of this path. Nothing was stored.")
+            raise ForbiddenDevice(f"The key is not for the device {device[:DEVICE_BYTES_MAX]!r}. Nothing was stored.")
         if field != self._device_field:
             # An allowed device could be named there, and any other where whoever reads the event looks for it.
             raise ForbiddenDevice(

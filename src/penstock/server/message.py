@@ -17,7 +17,8 @@ class Right(enum.Flag):
 
 
 class Grant(NamedTuple):
-    """Who asks. `key` is the id of his key, empty without one; `allows` tells for which devices he may send, None: for all.
+    """Who asks. `key` is the id of his key, empty without one, and `name` its name, which the key that replaces it has too; `allows` tells
+    for which devices he may send, None: for all. `publisher` is the one device of a token that was made for it.
 
     `events_per_s` and `bytes_per_s` are the quotas of the key, above 0; None: unlimited.
     """
@@ -27,6 +28,8 @@ class Grant(NamedTuple):
     allows: Callable[[str], bool] | None = None
     events_per_s: float | None = None
     bytes_per_s: float | None = None
+    name: str = ""
+    publisher: str = ""
 
 
 NOBODY = Grant(Right.NONE)

@@ -3,8 +3,8 @@
     Penstock-Producer: <id>;epoch=<n>;sequence=<n>;after=<n>;sha256=<hex>     clients with a spool
     Idempotency-Key: <1 to 255 visible ASCII characters>                      anyone else: one key, one batch
 
-A key is a producer of its own that sends one batch. Whose key it is belongs to its name, so nobody meets another's, and so does the device
-of the path: a device that counts its own requests may use the same keys as its neighbour.
+A key is a producer of its own that sends one batch. Whose key it is belongs to its name, so nobody meets another's, and so does everything
+beside the body that says what is stored: a device that counts its own requests may use the same keys as its neighbour.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ _PRODUCER_ID = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0
 _VISIBLE = frozenset(range(0x21, 0x7F))
 _KEY_BYTES_MAX = 255
 _NAME_DIGITS = 32
+_SAYS_WHAT = (
+    b"penstock-device-field",
+    b"penstock-property-",
+    b"brokerproperties",
+    b"content-type",
+    b"content-encoding",
+)
 
 
 class Number(NamedTuple):
@@ -32,12 +39,12 @@ class Number(NamedTuple):
     sha256: bytes
 
 
-def number_of(request: Request, device: str | None) -> Number | None:
-    """None when the client gave no number; `device` is the path's. Raises BadHeader, BodyMismatch."""
+def number_of(request: Request) -> Number | None:
+    """None when the client gave no number. Raises BadHeader, BodyMismatch."""
     producer = request.headers.get(b"penstock-producer")
     key = request.headers.get(b"idempotency-key")
     if producer is None:
-        return None if key is None else _keyed(request, key, device)
+        return None if key is None else _keyed(request, key)
     if key is not None:
         raise BadHeader("Penstock-Producer and Idempotency-Key are two numbers for one batch: send one of them.")
     number = _numbered(producer)
@@ -46,16 +53,17 @@ def number_of(request: Request, device: str | None) -> Number | None:
     return number
 
 
-def _keyed(request: Request, key: bytes, device: str | None) -> Number:
+def _keyed(request: Request, key: bytes) -> Number:
     if not 0 < len(key) <= _KEY_BYTES_MAX or not _VISIBLE.issuperset(key):
         raise BadHeader(
             f"Idempotency-Key must be 1 to {_KEY_BYTES_MAX} visible ASCII characters, such as a UUID. Nothing was stored.",
             header="idempotency-key",
         )
-    whose = request.grant.key.encode() + b"\0" + key
-    if device is not None:
-        whose += b"\0" + device.encode()
-    name = hashlib.sha256(whose).hexdigest()[:_NAME_DIGITS]
+    grant, headers = request.grant, request.headers
+    # The name of the API key and not its id: who has got another key in its place sends again what he sent with the first.
+    whose = [grant.name.encode(), grant.publisher.encode(), request.path, key]
+    whose += [b"%b:%b" % (name, headers[name]) for name in sorted(headers) if name.startswith(_SAYS_WHAT)]
+    name = hashlib.sha256(b"\0".join(whose)).hexdigest()[:_NAME_DIGITS]
     return Number(KEYED + name, 0, 1, None, hashlib.sha256(request.body).digest())
 
 

@@ -14,7 +14,7 @@ from penstock.errors import BadHeader, BadParameter, NotFound
 from penstock.events import Slice
 from penstock.hub import WholeHub
 from penstock.server.answers import Cut, Forgotten, Health, Partition, Partitions, Place
-from penstock.server.message import Request, Response
+from penstock.server.message import Request, Response, Right
 from penstock.wire import frame
 
 FRAMES = b"application/vnd.penstock.frames"
@@ -48,8 +48,8 @@ def json(body: object) -> Response:
 class Reads:
     """The readable side of a hub and of the installation around it.
 
-    `status` reports on the installation (`ok` among its members), `producer` on one producer or None, both as what JSON
-    can be made of; `check` raises NotConfirmed while batches cannot be stored here.
+    `status` reports on the installation (`ok` among its members), `producer` on one producer (that sends with keys of this name, if one is
+    given) or None, both as what JSON can be made of; `check` raises NotConfirmed while batches cannot be stored here.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Reads:
         *,
         groups: Groups,
         status: Callable[[], object],
-        producer: Callable[[str], object | None],
+        producer: Callable[[str, str], object | None],
         check: Callable[[], None],
     ) -> None:
         self._hub = hub
@@ -75,8 +75,9 @@ class Reads:
         self._check()
         return json(Health(True))
 
-    def producer(self, _request: Request, names: Names) -> Response:
-        found = self._producer(names[0])
+    def producer(self, request: Request, names: Names) -> Response:
+        # Who may only send hears of his own alone.
+        found = self._producer(names[0], "" if Right.LISTEN & request.grant.rights else request.grant.name)
         if found is None:
             raise NotFound("No producer of this id has sent a batch within the time that the hub remembers.")
         return json(found)
