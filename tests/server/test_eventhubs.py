@@ -235,7 +235,8 @@ def test_headers_become_properties() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [b"x", b"[]", b'{"PartitionKey":7}', b'{"CorrelationId","3211"}', b"{}, {}", b"\xff"]
+    "header",
+    [b"x", b"[]", b'{"PartitionKey":7}', b'{"CorrelationId","3211"}', b"{}, {}", b"\xff", b'{"PartitionKey":"\xff"}'],
 )
 def test_broker_properties_that_are_none(header: bytes) -> None:
     async def act(post: Post) -> None:
