@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import uvloop
@@ -17,6 +17,7 @@ import uvloop
 from penstock.clock import SystemClock
 from penstock.server.http import Handler, Limits, Reply, Request, Response
 from penstock.server.listener import Server
+from penstock.server.tls import Certificates
 from penstock.testing import MemoryLog
 
 QUICK = Limits(header_s=0.3, body_s=0.3, idle_s=0.3, write_s=0.3, linger_s=0.3, grace_s=0.1, sweep_s=0.02)
@@ -153,10 +154,12 @@ Serve = Callable[..., Served]
 def serve() -> Iterator[Serve]:
     with ExitStack() as stack:
 
-        def start(handler: Handler = echo, limits: Limits = QUICK) -> Served:
+        def start(
+            handler: Handler = echo, limits: Limits = QUICK, certificates: Certificates | None = None, **given: Any
+        ) -> Served:
             loop = uvloop.new_event_loop()
             log = MemoryLog()
-            server = Server(handler, limits=limits, clock=SystemClock(), log=log)
+            server = Server(handler, limits=limits, clock=SystemClock(), log=log, certificates=certificates, **given)
             sock = listening()
             address = sock.getsockname()
             thread = threading.Thread(target=loop.run_forever)

@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import functools
 import socket
-import ssl
 from collections.abc import Sequence
 from email.utils import formatdate
-from typing import TypedDict
 
 from penstock.clock import Clock
 from penstock.errors import PenstockError
 from penstock.server.crowd import TICKS, Crowd, Guest
+from penstock.server.door import Door
 from penstock.server.http import Connection
 from penstock.server.message import Handler
 from penstock.server.parser import Limits
@@ -22,12 +21,6 @@ from penstock.server.tls import Certificates
 from penstock.telemetry.log import Log
 
 _BACKLOG = 4096
-
-
-class _Tls(TypedDict, total=False):
-    ssl: ssl.SSLContext
-    ssl_handshake_timeout: float
-    ssl_shutdown_timeout: float
 
 
 class Server:
@@ -46,17 +39,22 @@ class Server:
         self._clock = clock
         self._log = log
         self._listeners: list[tuple[asyncio.Server, socket.socket]] = []
+        self._doors: list[Door] = []
         self._sweeper: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
 
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
         self._sweep(loop)
+        factory = functools.partial(Connection, self)
         for listening in sockets:
+            if self._certificates is not None:
+                door = Door(self, factory, listening, certificates=self._certificates, limits=self.limits)
+                self._doors.append(door)
+                continue
             # The copy outlives the listener, so that what the kernel has queued can still be accepted when that closes.
             copy = listening.dup()
-            factory = functools.partial(Connection, self)
-            listener = await loop.create_server(factory, sock=listening, backlog=_BACKLOG, **self._tls())
+            listener = await loop.create_server(factory, sock=listening, backlog=_BACKLOG)
             self._listeners.append((listener, copy))
 
     async def drain(self, timeout_s: float) -> None:
@@ -65,6 +63,8 @@ class Server:
         for listener, copy in self._listeners:
             listener.close()
             await self._accept_queued(copy)
+        for door in self._doors:
+            door.close()
         # A request may be on its way on a connection that looks idle; a moment is enough to answer it.
         await self._wait_empty(min(self.limits.grace_s, timeout_s))
         for connection in self.connections:
@@ -82,11 +82,15 @@ class Server:
         """All that there are now."""
         return tuple(self.crowd.connections)
 
-    def enter(self, connection: Connection, host: str) -> PenstockError | None:
-        return self.crowd.enter(connection, host)
+    def enter(self, guest: Guest, host: str) -> PenstockError | None:
+        """Take a connection in, or why not (crowd.py). Who comes through a door has a seat, which is given back and taken at once."""
+        for door in self._doors:
+            if isinstance(guest, Connection) and (handshake := door.through(guest)) is not None:
+                self.crowd.leave(handshake)
+        return self.crowd.enter(guest, host)
 
-    def forget(self, connection: Connection) -> None:
-        self.crowd.leave(connection)
+    def forget(self, guest: Guest) -> None:
+        self.crowd.leave(guest)
         if self.draining and not self.crowd.connections:
             self._empty.set()
 
@@ -102,19 +106,8 @@ class Server:
         with listening, contextlib.suppress(OSError):  # none left, or no file descriptor to take it
             while True:
                 accepted, _ = listening.accept()
-                taken.append(loop.connect_accepted_socket(functools.partial(Connection, self), accepted, **self._tls()))
-        with contextlib.suppress(TimeoutError):  # of a client that is slow to shake hands
-            await asyncio.wait_for(asyncio.gather(*taken, return_exceptions=True), self.limits.grace_s)
-
-    def _tls(self) -> _Tls:
-        """What the loop's calls are told of TLS. A connection is known here, and counted, when its handshake is done."""
-        if self._certificates is None:
-            return {}
-        return {
-            "ssl": self._certificates.context,
-            "ssl_handshake_timeout": self.limits.header_s,
-            "ssl_shutdown_timeout": self.limits.linger_s,
-        }
+                taken.append(loop.connect_accepted_socket(functools.partial(Connection, self), accepted))
+        await asyncio.gather(*taken, return_exceptions=True)
 
     async def _wait_empty(self, timeout_s: float) -> None:
         if self.crowd.connections:
