@@ -79,6 +79,7 @@ BROAD = {
     ("cli/archiving.py", "_publish"),
     ("server/app.py", "answer"),
     ("server/housekeeping.py", "run"),
+    ("server/http.py", "_admit"),
     ("server/http.py", "_take"),
     ("server/ingest.py", "_prepare_elsewhere"),
     ("server/ingest.py", "_prepare_here"),

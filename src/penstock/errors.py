@@ -252,7 +252,7 @@ class NotConfirmed(BatchRefused):
 
 
 class HubBusy(NotConfirmed):
-    """The batch would wait too long, or there are more connections than the server holds. Send the same again after `retry_after_s`."""
+    """The batch would wait too long, or there is no room for the connection or the body. Send the same again after `retry_after_s`."""
 
     title = "The hub is busy"
 

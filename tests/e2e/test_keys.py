@@ -104,6 +104,18 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         system.settle()
 
 
+def test_the_body_of_who_has_no_key_is_not_waited_for(rig: Rig) -> None:
+    body = b'{"deviceId":"d-1","x":"%b"}' % (b"x" * 100_000)
+    for authorization, status in (("Bearer none", 401), (rig.system.headers["Authorization"], 200)):
+        headers = {"Content-Length": str(len(body)), "Authorization": authorization}
+        with Connection(rig.system.url) as connection:
+            connection.send(head("POST", "/v1/events", {**NDJSON, **headers}) + body[:1000])
+            if status == 200:
+                connection.send(body[1000:])
+            answer = connection.answer()
+            assert answer is not None and answer.status == status, answer
+
+
 def test_a_key_is_valid_in_every_worker_when_the_command_returns_and_refused_when_it_is_revoked(rig: Rig) -> None:
     for _ in range(3):
         key = rig.create(rights=["listen"])

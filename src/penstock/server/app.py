@@ -35,7 +35,7 @@ from penstock.server.auth import Guard, check, no_guard
 from penstock.server.eventhubs import NO_HUBS, EventHubs
 from penstock.server.framing import Intake
 from penstock.server.listener import Server
-from penstock.server.message import Handler, Reply, Request, Response, Right
+from penstock.server.message import Reply, Request, Response, Right
 from penstock.server.openapi import Operation
 from penstock.server.pages import pages
 from penstock.server.parser import Limits
@@ -75,8 +75,8 @@ class Units(Protocol):
 class App(NamedTuple):
     """The handlers of both listeners, and what is to be closed, on the loop's thread, after the last answer."""
 
-    listen: Handler
-    admin: Handler
+    listen: Router
+    admin: Router
     close: Callable[[], None]
 
 
@@ -182,6 +182,12 @@ class Router:
             return
         route.action(request, names, reply)
 
+    def admit(self, request: Request) -> None:
+        """Whether to wait for the rest of a request (message.py Admit)."""
+        route, _ = self._find(request)
+        if route.right:
+            check(self._guard(request), route.right)
+
     def _find(self, request: Request) -> tuple[Route, Names]:
         methods = self._exact.get(request.path)
         names: Names = ()
@@ -286,8 +292,8 @@ async def serve(service: Service, app: App, *, ready: Callable[[], None], stop: 
     log = service.log
     limits = service.limits._replace(connections_max=min(service.limits.connections_max, _connections_max()))
     servers = [
-        Server(handler, limits=limits, clock=service.clock, log=log, certificates=certificates)
-        for handler, certificates in ((app.listen, service.certificates), (app.admin, None))
+        Server(router, admit=router.admit, limits=limits, clock=service.clock, log=log, certificates=certificates)
+        for router, certificates in ((app.listen, service.certificates), (app.admin, None))
     ]
     try:
         for server, sockets in zip(servers, (service.listen, service.admin), strict=True):

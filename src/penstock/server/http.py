@@ -4,6 +4,9 @@ One request of a connection is handled at a time. Complete requests that arrived
 them waits unparsed, and the socket is not read meanwhile. No task, future or timer belongs to a request: a connection
 notes when it last got somewhere, and the server looks at all of them once in `sweep_s` (crowd.py).
 
+Who may not send is refused before his body is there, and bodies that arrive are bounded together. Both are looked at only when
+a connection waits for more of a body: a request that came whole in one read costs nothing of this.
+
 Who is refused while the request is still arriving gets the answer and the end of the stream at once, and what still comes
 is thrown away for `linger_s`: closing a socket with unread bytes would reset it, and the client would lose the answer.
 """
@@ -16,9 +19,9 @@ import struct
 from http import HTTPStatus
 from typing import Protocol, cast
 
-from penstock.errors import PenstockError, RequestTimeout
+from penstock.errors import HubBusy, PenstockError, RequestTimeout
 from penstock.server import trace
-from penstock.server.message import Handler, Reply, Request, Response
+from penstock.server.message import Admit, Handler, Reply, Request, Response
 from penstock.server.parser import Arriving, Limits, Parser, draining
 from penstock.server.problems import problem
 
@@ -35,6 +38,8 @@ class Server(Protocol):
     """What a connection asks of its server (listener.py)."""
 
     handler: Handler
+    admit: Admit
+    arriving_bytes: int
     limits: Limits
     draining: bool
     now: float
@@ -49,7 +54,7 @@ class Connection(asyncio.Protocol):
     """One client. `_current` is the request that is being handled, `_held` what waits unparsed behind it."""
 
     __slots__ = (
-        *("_blocked", "_closing", "_current", "_ended", "_held", "_parser", "_paused", "_peer"),
+        *("_arriving_bytes", "_blocked", "_closing", "_current", "_ended", "_held", "_parser", "_paused", "_peer"),
         *("_server", "_since", "_stepping", "_transport", "_unsent"),
     )
 
@@ -62,6 +67,7 @@ class Connection(asyncio.Protocol):
         self._current: Request | None = None
         self._since = server.now
         self._unsent = 0
+        self._arriving_bytes = 0
         self._stepping = self._paused = self._blocked = self._closing = self._ended = False
 
     # What the transport calls
@@ -81,6 +87,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._held = b""
+        self._count(0)
         self._server.forget(self)
 
     def eof_received(self) -> bool:
@@ -119,6 +126,32 @@ class Connection(asyncio.Protocol):
         parser.feed(data)
         if parser.arriving is not before:
             self._since = self._server.now
+        if parser.arriving is Arriving.BODY:
+            self._admit(parser)
+        elif self._arriving_bytes:
+            self._count(0)
+
+    def _admit(self, parser: Parser) -> None:
+        """More of a body is to come: whether it is wanted, and whether there is room."""
+        server = self._server
+        if not parser.admitted:
+            parser.admitted = True
+            head = parser.head()
+            head.peer = self._peer
+            try:
+                server.admit(head)
+            except Exception as error:
+                parser.ready.append(error)
+                return
+        self._count(parser.kept_bytes)
+        if server.arriving_bytes > server.limits.arriving_bytes_max:
+            parser.ready.append(
+                HubBusy("The bodies that are arriving fill the room that there is for them.", retry_after_s=1)
+            )
+
+    def _count(self, arriving_bytes: int) -> None:
+        self._server.arriving_bytes += arriving_bytes - self._arriving_bytes
+        self._arriving_bytes = arriving_bytes
 
     def _step(self) -> None:
         if self._stepping:  # the handler replied at once: the loop below goes on
@@ -200,8 +233,10 @@ class Connection(asyncio.Protocol):
             return
         self._closing = True
         self._since = self._server.now
+        self._count(0)
         headers = self._parser.headers if self._current is None else self._current.headers
         self._write(transport, trace.traced(headers, problem(error)), False, b"")
+        self._parser.let_go()
         if self._ended:
             transport.close()
             return

@@ -14,7 +14,7 @@ from penstock.errors import PenstockError
 from penstock.server.crowd import TICKS, Crowd, Guest
 from penstock.server.door import Door
 from penstock.server.http import Connection
-from penstock.server.message import Handler
+from penstock.server.message import Admit, Handler, admit_all
 from penstock.server.parser import Limits
 from penstock.server.problems import unexpected
 from penstock.server.tls import Certificates
@@ -27,9 +27,18 @@ class Server:
     """Serves one handler on sockets that listen already. Lives on one event loop."""
 
     def __init__(
-        self, handler: Handler, *, limits: Limits, clock: Clock, log: Log, certificates: Certificates | None = None
+        self,
+        handler: Handler,
+        *,
+        limits: Limits,
+        clock: Clock,
+        log: Log,
+        admit: Admit = admit_all,
+        certificates: Certificates | None = None,
     ) -> None:
         self.handler = handler
+        self.admit = admit
+        self.arriving_bytes = 0
         self._certificates = certificates
         self.limits = limits
         self.crowd = Crowd(limits)

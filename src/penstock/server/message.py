@@ -76,3 +76,10 @@ Reply = Callable[[Response], None]
 
 Handler = Callable[[Request, Reply], None]
 """Replies at once or later, exactly once. Never raises for what a client did."""
+
+Admit = Callable[[Request], None]
+"""Asked when the body of a request is still to come: raises the PenstockError that it would be refused with whatever its body is."""
+
+
+def admit_all(_request: Request) -> None:
+    """For handlers that look at a request when it is whole."""

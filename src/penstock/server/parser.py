@@ -26,6 +26,7 @@ from penstock.errors import (
 )
 from penstock.server.message import Request
 
+_WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 _ONCE = frozenset(
     b"authorization content-encoding content-length content-type expect host idempotency-key transfer-encoding".split()
 )
@@ -46,6 +47,7 @@ class Limits(NamedTuple):
     sweep_s: float = 1.0
     connections_max: int = 10_000
     connections_per_address_max: int = 0
+    arriving_bytes_max: int = 256 << 20
 
 
 class Arriving(enum.IntEnum):
@@ -60,11 +62,12 @@ class Parser:
     """Fed with what one connection receives; `ready` gets what came of it, in order, a fault last."""
 
     __slots__ = (
-        *("arriving", "draining", "expects", "ready", "_limits"),
-        *("_body", "_head_bytes", "_headers", "_http", "_raw_bytes", "_target", "_upgrade"),
+        *("admitted", "arriving", "draining", "expects", "ready", "_limits"),
+        *("_body", "_body_bytes", "_head_bytes", "_headers", "_http", "_keeps", "_raw_bytes", "_target", "_upgrade"),
     )
 
     def __init__(self, limits: Limits) -> None:
+        self.admitted = False
         self.arriving = Arriving.NOTHING
         self.draining = False
         self.expects = False
@@ -73,6 +76,8 @@ class Parser:
         self._http = httptools.HttpRequestParser(self)
         self._raw_bytes = 0
         self._body: bytes | bytearray = b""
+        self._body_bytes = 0
+        self._keeps = True
         self._headers: dict[bytes, bytes] = {}
         self._target = b""
         self._head_bytes = 0
@@ -82,6 +87,19 @@ class Parser:
     def headers(self) -> Mapping[bytes, bytes]:
         """Those of the request that arrived last, as far as they are here."""
         return self._headers
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the body that is arriving."""
+        return len(self._body)
+
+    def head(self) -> Request:
+        """The request whose body is arriving, without it."""
+        return self._request(b"", False)
+
+    def let_go(self) -> None:
+        """Forget what came of the body. Not to be fed again."""
+        self._body = b""
 
     def feed(self, data: bytes) -> None:
         """Take what was received. Not to be called again once `ready` has held a fault."""
@@ -124,8 +142,9 @@ class Parser:
         if self.draining:
             raise draining()
         self.arriving = Arriving.HEADER
-        self.expects = self._upgrade = False
+        self.expects = self._upgrade = self.admitted = False
         self._body = self._target = b""
+        self._body_bytes = 0
         self._headers = {}
         self._head_bytes = 0
 
@@ -166,12 +185,13 @@ class Parser:
             raise BadHeader("CONNECT is not spoken here.")
         if length is not None:
             self._check_length(length)
-        elif coding is None and method in (b"POST", b"PUT", b"PATCH"):
+        elif coding is None and method in _WITH_BODY:
             raise LengthRequired("A request with a body needs Content-Length or Transfer-Encoding: chunked.")
         expected = headers.get(b"expect") if version == "1.1" else None
         if expected is not None and expected.lower() != b"100-continue":
             raise ExpectationFailed("The only Expect is 100-continue.")
         self.arriving = Arriving.BODY
+        self._keeps = method in _WITH_BODY  # what comes with other methods means nothing (RFC 9110, 9.3.1)
         self._raw_bytes = 0
         self.expects = expected is not None
         self._upgrade = self._http.should_upgrade()
@@ -179,28 +199,33 @@ class Parser:
     def on_body(self, part: bytes) -> None:
         self.expects = False
         self._raw_bytes = 0
+        self._body_bytes += len(part)
+        if self._body_bytes > self._limits.body_bytes_max:
+            raise self._body_too_large()
+        if not self._keeps:
+            return
         if not self._body:
             self._body = part
         else:
             if isinstance(self._body, bytes):
                 self._body = bytearray(self._body)
             self._body += part
-        if len(self._body) > self._limits.body_bytes_max:
-            raise self._body_too_large()
 
     def on_message_complete(self) -> None:
         if self._upgrade:
             return
-        http = self._http
-        path, _, query = self._target.partition(b"?")
-        if not path.startswith(b"/"):
-            path = _origin(path)
-        keep_alive = http.should_keep_alive() and http.get_http_version() == "1.1"
-        self.ready.append(Request(http.get_method(), path, query, self._headers, bytes(self._body), keep_alive))
+        keep_alive = self._http.should_keep_alive() and self._http.get_http_version() == "1.1"
+        self.ready.append(self._request(bytes(self._body), keep_alive))
         self.arriving = Arriving.NOTHING
         self.expects = False
         self._body = b""
         self._raw_bytes = 0
+
+    def _request(self, body: bytes, keep_alive: bool) -> Request:
+        path, _, query = self._target.partition(b"?")
+        if not path.startswith(b"/"):
+            path = _origin(path)
+        return Request(self._http.get_method(), path, query, self._headers, body, keep_alive)
 
     def _check_length(self, length: bytes) -> None:
         if not length.isdigit():
