@@ -30,6 +30,7 @@ __all__ = ["Connection", "Handler", "Limits", "Reply", "Request", "Response", "S
 _READ_BYTES_LEAST = (
     64 << 10
 )  # of an answer within `write_s`, or all of it: a byte now and then does not hold it for ever
+_BODY = Arriving.BODY  # what a member of an enum costs to look up is too much for each read
 _RESET = struct.pack("ii", 1, 0)
 _STATUS = {status.value: b"HTTP/1.1 %d %s" % (status, status.phrase.encode()) for status in HTTPStatus}
 
@@ -126,7 +127,7 @@ class Connection(asyncio.Protocol):
         parser.feed(data)
         if parser.arriving is not before:
             self._since = self._server.now
-        if parser.arriving is Arriving.BODY:
+        if parser.arriving is _BODY:
             self._admit(parser)
         elif self._arriving_bytes:
             self._count(0)

@@ -63,7 +63,18 @@ class Parser:
 
     __slots__ = (
         *("admitted", "arriving", "draining", "expects", "ready", "_limits"),
-        *("_body", "_body_bytes", "_head_bytes", "_headers", "_http", "_keeps", "_raw_bytes", "_target", "_upgrade"),
+        *(
+            "_body",
+            "_body_bytes",
+            "_body_bytes_max",
+            "_head_bytes",
+            "_headers",
+            "_http",
+            "_keeps",
+            "_raw_bytes",
+            "_target",
+            "_upgrade",
+        ),
     )
 
     def __init__(self, limits: Limits) -> None:
@@ -77,6 +88,7 @@ class Parser:
         self._raw_bytes = 0
         self._body: bytes | bytearray = b""
         self._body_bytes = 0
+        self._body_bytes_max = limits.body_bytes_max
         self._keeps = True
         self._headers: dict[bytes, bytes] = {}
         self._target = b""
@@ -200,7 +212,7 @@ class Parser:
         self.expects = False
         self._raw_bytes = 0
         self._body_bytes += len(part)
-        if self._body_bytes > self._limits.body_bytes_max:
+        if self._body_bytes > self._body_bytes_max:
             raise self._body_too_large()
         if not self._keeps:
             return
