@@ -36,7 +36,9 @@ _IN_DEVICES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._
 _BEGINS_NO_DEVICE = re.compile(rb"\n(?![A-Za-z0-9])")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _SUSPICIOUS = re.compile(rb"\\u00[2-7]")
-_LINE = re.compile(rb"^[ \t\r]*+[^ \t\r\n][^\n]*+", re.MULTILINE)
+_REST_OF_LINE = re.compile(
+    rb"[^ \t\r\n][^\n]*+"
+)  # begins with a class, which is looked for three times as fast as a line's begin
 _DEVICE_OF = attrgetter("device")
 _OPENING = ord("{")
 _CLOSING = b"}\n"
@@ -294,8 +296,11 @@ def _decoder(field: str, has_properties: bool) -> msgspec.json.Decoder[Any]:
 
 def _lines(body: bytes) -> Iterator[bytes]:
     """The lines that are not blank, without the white space behind them. One at a time: a body of short lines is a bomb."""
-    for line in _LINE.finditer(body):
-        yield line[0].rstrip(b" \t\r")
+    end = 0
+    for rest in _REST_OF_LINE.finditer(body):
+        begin = max(end, body.rfind(b"\n", end, rest.start()) + 1)
+        end = rest.end()
+        yield body[begin:end].rstrip(b" \t\r")
 
 
 class _Reject(Exception):
