@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.server import buckets as module
+from penstock.server import credit
 from penstock.server.buckets import (
     BYTES,
     DEVICE_EVENTS,
@@ -344,6 +346,47 @@ def test_so_does_who_does_not_say_who_he_is(load: str, anew: bool) -> None:
     assert run.came_back > 15 and run.let_in >= (0.9 if anew else 0.95) * run.came_back, run
     assert run.rate > 0.75
     assert run.excess_s <= SLACK_S + 2.5
+
+
+def beside_a_greedy_one(peer: int, seconds: float = 60.0) -> float:
+    """The share of his 100 events a second that one gets who obeys, beside another crowd's who sends 4 × 1,000, each as somebody else."""
+    buckets, others = made(), itertools.count(10_000)
+    coming, took, batch = [(0.0, "greedy"), (0.1, "obeys")], 0.0, 0.0
+    while coming[0][0] < seconds:
+        now, who = heapq.heappop(coming)
+        buckets.sweep(now)
+        greedy = who == "greedy"
+        batch = batch or min(1.0, 0.1 * now - took)
+        sender = Sender(by_producer(next(others), 0).holder, peer, 7) if greedy else Sender(ME, 0, 8)
+        refused = buckets.early(now, sender) or buckets.take(now, sender, {EVENTS: 1.0 if greedy else batch})
+        if greedy:
+            heapq.heappush(coming, (now + 0.25, who))
+        elif refused:
+            heapq.heappush(coming, (now + max(1, math.ceil(refused.due - now)), who))
+        else:
+            took, batch = took + batch, 0.0
+            heapq.heappush(coming, (now + 0.2, who))
+    return took / (0.1 * seconds)
+
+
+@pytest.mark.parametrize("peer", [0, HERE], ids=["under ever new names", "with ever new bytes"])
+def test_who_ignores_his_times_does_not_hold_up_who_obeys(monkeypatch: pytest.MonkeyPatch, peer: int) -> None:
+    assert beside_a_greedy_one(peer) > 0.95
+    monkeypatch.setattr(credit, "FIRST_S", 1e9)
+    monkeypatch.setattr(credit, "MOST_S", 1e9)
+    assert beside_a_greedy_one(peer) < 0.2, "without an end of the credit"
+
+
+def test_a_crowd_without_credit_gets_no_ticket_and_has_some_again_later() -> None:
+    buckets = made()
+    assert take(buckets, 0.0, 9, 1.0) is None
+    assert [take(buckets, 0.0, n, 5.0).ticket for n in range(10, 15)] == [True] * 4 + [False]  # type: ignore[union-attr]
+    other = buckets.take(0.0, Sender(OTHER, 0, 1), {EVENTS: 1.0})
+    assert other is not None and other.ticket
+    buckets.sweep(100.0)
+    assert take(buckets, 100.0, 9, 1.0) is None
+    again = take(buckets, 100.0, ME, 1.0)
+    assert again is not None and again.ticket
 
 
 def test_without_the_queue_they_would_not() -> None:

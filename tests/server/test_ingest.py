@@ -607,7 +607,7 @@ ROW = b'{"deviceId":"d-1","x":"' + b"y" * 100 + b'"}\n'
 
 def test_bodies_that_are_large_unzipped_count_as_that_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them are refused, and nobody else: a few bombs must not make a worker refuse all others."""
-    monkeypatch.setattr(ingest_module, "ELSEWHERE_BYTES_MAX", 4 << 20)
+    monkeypatch.setattr(ingest_module, "ELSEWHERE_BYTES_MAX", 8 << 20)
     monkeypatch.setattr(ingest_module, "WAITING_BYTES_MAX", 4 << 20)
     body = gzip.compress(ROW * 9000 * 3)
     assert len(body) < ingest_module.BIG_BODY_BYTES
@@ -619,6 +619,25 @@ def test_bodies_that_are_large_unzipped_count_as_that_while_they_wait(monkeypatc
         for each in large:
             refused(await each, 413, "batch_too_large")  # of more than 10,000 events
         assert (await intake.post()).status == 200
+
+    run(act)
+
+
+@pytest.mark.parametrize("share", [2, 1])
+def test_bombs_of_one_key_leave_room_for_large_batches_of_others(monkeypatch: pytest.MonkeyPatch, share: int) -> None:
+    """As long as the share of a key is not the whole."""
+    monkeypatch.setattr(ingest_module, "ELSEWHERE_SHARE", share)
+    bomb = gzip.compress(b"\n" * (1 << 24))
+    large = gzip.compress(b"".join(b'{"deviceId":"d-1","x":"%0300d"}\n' % n for n in range(8000)))
+
+    async def act(intake: Intake) -> None:
+        bombs = [intake.post(bomb, key="greedy", content_encoding=b"gzip") for _ in range(10)]
+        others = [intake.post(large, key=key, content_encoding=b"gzip") for key in ("a", "b", "c")]
+        statuses = [(await each).status for each in others]
+        assert statuses == ([200] * 3 if share == 2 else [503] * 3)
+        assert {(await each).status for each in bombs} == {400, 503}
+        # What was held is given back.
+        assert (await intake.post(large, key="greedy", content_encoding=b"gzip")).status == 200
 
     run(act)
 

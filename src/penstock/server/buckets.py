@@ -17,6 +17,8 @@ in to the full bucket, that is `BURST_S` more.
 A bucket that is full while tickets are out has lost time to those that did not come: then others are let in as if there were no queue,
 so tickets that nobody claims cost those who wait a longer way, and the installation nothing.
 
+Tickets are given on credit (credit.py), so that nobody who lets his run out makes others wait for long.
+
 So in any time a bucket lets in no more than its rate times that time, plus `SLACK_S` of it, plus one batch.
 
 Of keys and devices there may be any number: their buckets have slots in a table of fixed size. A slot whose bucket is full, and waited
@@ -30,6 +32,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
+from penstock.server.credit import CELLS, Credit
+
 BURST_S: Final = 1.0
 LATE_S: Final = 3.0
 SLACK_S: Final = LATE_S + 3 * BURST_S
@@ -41,7 +45,7 @@ NAMES: Final = 1 << 14
 TICKETS: Final = 1 << 13
 
 _CELL = 8
-_VERSION = 2
+_VERSION = 3
 _UNITS, _OUT, _SWEEP, _CHANGING, _REFUSED, _SECONDS = 4, 5, 6, 7, 8, 16  # cells of the head, behind its identity
 KEY_EVENTS, KEY_BYTES, DEVICE_EVENTS = range(3)
 """What a name is of: its last two bits."""
@@ -59,10 +63,11 @@ _NOTHING = 1e-9
 
 class Sender(NamedTuple):
     """Whose ticket it is. Who says who he is has one at most. Who does not (`peer` is not 0) is known by what he sends, and others may send
-    the same; if he sends something else the next time, all that is known is where from."""
+    the same; if he sends something else the next time, all that is known is where from. `crowd`: on whose credit he waits."""
 
     holder: int
     peer: int = 0
+    crowd: int = 0
 
 
 class Refusal(NamedTuple):
@@ -82,13 +87,17 @@ class Buckets:
         places = TICKETS + _TICKET_TRIES
         self._partitions = partitions
         self._memory = memory
-        cells = iter(_cut(memory, (_HEAD, buckets, buckets, NAMES, places, places, places, places * 2 * _CHARGES_MAX)))
+        cells = iter(
+            _cut(memory, (_HEAD, buckets, buckets, NAMES, places, places, places, places * 2 * _CHARGES_MAX, CELLS))
+        )
         head = next(cells)
         self._whole, self._real = head.cast("Q"), head.cast("d")
         self._paid, self._waiting = next(cells).cast("d"), next(cells).cast("d")
         self._names = next(cells).cast("Q")
         self._holders, self._peers = next(cells).cast("Q"), next(cells).cast("Q")
         self._due, self._owed = next(cells).cast("d"), next(cells).cast("d")
+        self._credits = next(cells).cast("d")
+        self._credit = Credit(self._credits)
 
     @property
     def units(self) -> int:
@@ -115,7 +124,7 @@ class Buckets:
         if units != self.units:
             self._whole[_UNITS] = units
             self._whole[_OUT] = 0
-            for cells in (self._paid, self._waiting, self._names, self._holders, self._peers, self._due):
+            for cells in (self._paid, self._waiting, self._names, self._holders, self._peers, self._due, self._credits):
                 cells.cast("B")[:] = bytes(cells.nbytes)
 
     def enter(self) -> None:
@@ -141,14 +150,17 @@ class Buckets:
         """Take the costs from all buckets, or from none."""
         once = not sender.peer
         held = self._held(sender.holder, now) if self._whole[_OUT] else []
+        owed = self._costs(held[0]) if held else []
         claimed = bool(held) and self._due[held[0]] <= now and self._claim(held.pop(0), costs, now)
         if not claimed and (refused := self._refused(now, costs.items())):
             if once and held:
                 return Refusal(self._bucket(held[0]), self._due[held[0]], True)
-            if once or held or not self._borrow(sender.peer, costs, now):
+            if once or held or not self._borrow(sender, costs, now):
                 return self._queue(now, sender, refused)
         if once and held:  # let in before its time
             self._drop(held[0])
+        if claimed or once:
+            self._used(now, sender.crowd, owed, costs)
         paid = self._paid
         for bucket, cost in costs.items():
             before = paid[bucket]
@@ -243,8 +255,12 @@ class Buckets:
         whole second, when the one that was told so comes: else one that comes by chance would take the place of another.
         """
         refused.sort(reverse=True)
-        due, bucket, _ = refused[0]
-        place = self._place(sender.holder) if due <= now + HORIZON_S else None
+        due, bucket, cost = refused[0]
+        place, soon = None, due <= now + HORIZON_S
+        if soon and self._credit.of(sender.crowd, now) > 0.0:
+            place = self._place(sender.holder)
+        if place is not None or (soon and sender.peer):
+            self._credit.spend(sender.crowd, now, cost)
         if place is None:
             return Refusal(bucket, due, False)
         ready, due = due, now + max(1, math.ceil(due - now)) if sender.peer else due
@@ -272,22 +288,29 @@ class Buckets:
             self._paid[bucket] <= now + SLACK_S for bucket in costs
         )
 
-    def _borrow(self, peer: int, costs: Mapping[int, float], now: float) -> bool:
+    def _borrow(self, sender: Sender, costs: Mapping[int, float], now: float) -> bool:
         """Let someone in on a due ticket of his address, once each: it may be his own, and he sends something else this time.
 
         Whoever holds it can claim it all the same. Both together are more than it was made for, so those who come after them wait longer.
         """
         peers = self._peers.tolist() if self._whole[_OUT] else []
-        at = -1
+        at, peer = -1, sender.peer
         while peer in peers[at + 1 :]:
             at = peers.index(peer, at + 1)
             owed = self._costs(at)
             if now - LATE_S <= self._due[at] <= now and self._is_for(owed, costs, now):
                 self._unwait(owed)
+                self._used(now, sender.crowd, owed, costs)
                 self._peers[at] = 0
                 self._owed[at * 2 * _CHARGES_MAX : (at + 1) * 2 * _CHARGES_MAX] = _NO_CHARGES
                 return True
         return False
+
+    def _used(self, now: float, crowd: int, owed: list[tuple[int, float]], costs: Mapping[int, float]) -> None:
+        """Someone came to a ticket that was for `owed`, and took `costs`."""
+        if owed:
+            bucket, cost = owed[0]
+            self._credit.put_back(crowd, now, min(cost, costs.get(bucket, 0.0)))
 
     def _beyond(self, now: float) -> Refusal | None:
         """More waits than tickets are given for: nothing can get in, however small it is."""
@@ -352,7 +375,9 @@ class Buckets:
 def size_of(partitions: int) -> int:
     """Bytes of memory for this many partitions."""
     places = TICKETS + _TICKET_TRIES
-    return _CELL * (_HEAD + 2 * (FIRST_PARTITION + partitions + NAMES) + NAMES + places * (3 + 2 * _CHARGES_MAX))
+    return _CELL * (
+        _HEAD + 2 * (FIRST_PARTITION + partitions + NAMES) + NAMES + places * (3 + 2 * _CHARGES_MAX) + CELLS
+    )
 
 
 def _identity(boot: bytes, partitions: int) -> bytes:

@@ -39,7 +39,7 @@ from penstock.server.framing import Framed, Framing, Posted, own
 from penstock.server.message import Reply, Request, Response
 from penstock.server.numbers import Number, number_of
 from penstock.server.problems import problem, unexpected
-from penstock.server.quota import Quota
+from penstock.server.quota import Quota, account
 from penstock.wire.body import unzip, unzipped_bytes
 from penstock.wire.route import DEVICE_BYTES_MAX, Allows, Rejected, Router, Stamp, is_field
 
@@ -50,6 +50,7 @@ GROUP_BATCHES = 512
 GROUP_BYTES = 4 << 20
 WAITING_BYTES_MAX = 32 << 20
 ELSEWHERE_BYTES_MAX = 48 << 20  # of large ones: one is unzipped, the others wait zipped, and only their like for them
+ELSEWHERE_SHARE = 2  # of these bytes an account has one half at most, so that there is room for another's
 STORAGE_RETRY_S = 10.0
 PROPERTIES_BYTES_MAX = (1 << 16) - 1  # what a frame's header has room for
 
@@ -107,6 +108,7 @@ class Ingest:
         self._waiting_bytes = 0  # of those and of those under way
         self._under_way = 0
         self._elsewhere = self._elsewhere_bytes = 0
+        self._elsewhere_of: dict[str, int] = {}  # bytes by account
         self._turning = False
         self._backlog = Backlog(self._prepare_here, may_go_on=self._has_room, monotonic=clock.monotonic)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -143,11 +145,14 @@ class Ingest:
         bytes_max = BIG_BATCH_BYTES if framing is own else BIG_FRAMED_BYTES
         if len(request.body) > BIG_BODY_BYTES or size > bytes_max:
             # It would hold up the loop. What it will take is counted now, and counted right when it is known.
-            if self._elsewhere_bytes > ELSEWHERE_BYTES_MAX:
+            whose = account(request)
+            share = self._elsewhere_of.get(whose, 0)
+            if self._elsewhere_bytes > ELSEWHERE_BYTES_MAX or share > ELSEWHERE_BYTES_MAX // ELSEWHERE_SHARE:
                 reply(problem(self._busy(wait_s)))
                 return
             self._elsewhere += 1
             self._elsewhere_bytes += size
+            self._elsewhere_of[whose] = share + size
             self._pool.submit(self._prepare_elsewhere, request, device, reply, framing, size)
         else:
             self._backlog.put(request, device, reply, framing)
@@ -190,11 +195,14 @@ class Ingest:
         except Exception as error:
             self._log.exception("a batch could not be prepared", **trace.fields(request.headers))
             prepared = problem(unexpected(error))
-        self._loop.call_soon_threadsafe(self._prepared_elsewhere, size, prepared, reply)
+        self._loop.call_soon_threadsafe(self._prepared_elsewhere, account(request), size, prepared, reply)
 
-    def _prepared_elsewhere(self, size: int, prepared: _Waiting | Response, reply: Reply) -> None:
+    def _prepared_elsewhere(self, whose: str, size: int, prepared: _Waiting | Response, reply: Reply) -> None:
         self._elsewhere -= 1
         self._elsewhere_bytes -= size
+        self._elsewhere_of[whose] -= size
+        if not self._elsewhere_of[whose]:
+            del self._elsewhere_of[whose]
         if isinstance(prepared, Response):
             reply(prepared)
         else:

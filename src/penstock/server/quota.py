@@ -37,6 +37,7 @@ from penstock.server.buckets import (
     Refusal,
     Sender,
 )
+from penstock.server.crowd import subscriber
 from penstock.server.message import Grant, Request
 from penstock.server.shared import Shared
 from penstock.telemetry.log import Log
@@ -179,16 +180,22 @@ def _name(text: bytes, kind: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & ~7 | 4 | kind
 
 
+def account(request: Request) -> str:
+    """Who answers for a request, when it comes to a fair share: its key, without one its address."""
+    return request.grant.key or subscriber(request.peer)
+
+
 def _sender(request: Request) -> Sender:
     numbered = request.headers.get(b"penstock-producer")
     key = request.grant.key.encode()
+    crowd = _name(b"c" + account(request).encode(), 0)
     if numbered is not None:
-        return Sender(_name(b"%b\0p%b" % (key, numbered.partition(b";")[0]), 0))
+        return Sender(_name(b"%b\0p%b" % (key, numbered.partition(b";")[0]), 0), crowd=crowd)
     # Not the first bytes: gzip has the time there, and who zips again before he sends again is still the same.
     body, size = request.body, len(request.body)
     ends = body[_GZIP_HEAD_BYTES:_SEEN_BYTES], body[max(_GZIP_HEAD_BYTES, size - _SEEN_BYTES) :]
     holder = _name(b"%b\0b%b\0%d\0%b\0%b" % (key, request.path, size, *ends), 0)
-    return Sender(holder, _name(b"%b\0a%b" % (key, request.peer.encode()), 0))
+    return Sender(holder, _name(b"%b\0a%b" % (key, request.peer.encode()), 0), crowd)
 
 
 def _devices(groups: Iterable[Group], field: str) -> Counter[str]:
