@@ -98,7 +98,7 @@ class Intake:
         named = {name.replace("_", "-").encode(): value for name, value in headers.items()}
         path = b"/v1/events" if device is None else b"/v1/devices/%b/events" % device.encode()
         request = Request(b"POST", path, b"", named, body)
-        request.grant = ANYONE._replace(name=key)
+        request.grant = ANYONE._replace(key=key, name=key)
         self.ingest.post(request, device, reply)
         return future
 
