@@ -45,6 +45,7 @@ from penstock.server.tls import Certificates
 from penstock.telemetry.log import Log
 
 _READERS = 2
+_NONE = Right.NONE
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 Action = Callable[[Request, Names, Reply], None]
@@ -174,7 +175,7 @@ class Router:
             reply = trace.tracing(request.headers, reply)
         try:
             route, names = self._find(request)
-            if route.right:
+            if route.right is not _NONE:
                 request.grant = self._guard(request)
                 check(request.grant, route.right)
         except PenstockError as error:
@@ -185,7 +186,7 @@ class Router:
     def admit(self, request: Request) -> None:
         """Whether to wait for the rest of a request (message.py Admit)."""
         route, _ = self._find(request)
-        if route.right:
+        if route.right is not _NONE:
             check(self._guard(request), route.right)
 
     def _find(self, request: Request) -> tuple[Route, Names]:

@@ -37,7 +37,8 @@ def no_guard(_request: Request) -> Grant:
 
 def check(grant: Grant, right: Right) -> None:
     """Raises Forbidden. `right` may name several; one of them is enough."""
-    if right and not right & grant.rights:
+    # Of the values: `&` of two flags takes 2 µs, more than all else that is asked of a request.
+    if right._value_ and not right._value_ & grant.rights._value_:
         names = " or ".join(one.name.lower() for one in right if one.name)
         raise Forbidden(f"The key lacks the right to {names}.", right=names)
 

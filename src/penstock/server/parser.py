@@ -58,6 +58,9 @@ class Arriving(enum.IntEnum):
     BODY = 2
 
 
+_NOTHING, _HEADER, _BODY = Arriving  # to look up a member of an enum costs too much for each header
+
+
 class Parser:
     """Fed with what one connection receives; `ready` gets what came of it, in order, a fault last."""
 
@@ -79,7 +82,7 @@ class Parser:
 
     def __init__(self, limits: Limits) -> None:
         self.admitted = False
-        self.arriving = Arriving.NOTHING
+        self.arriving = _NOTHING
         self.draining = False
         self.expects = False
         self.ready: deque[Request | BaseException] = deque()
@@ -127,7 +130,7 @@ class Parser:
         else:
             # The parser itself keeps a header or trailer until it is whole.
             most = self._limits.header_bytes_max + self._limits.target_bytes_max
-            if self.arriving is not Arriving.NOTHING and self._raw_bytes > most:
+            if self.arriving is not _NOTHING and self._raw_bytes > most:
                 self.ready.append(self._header_too_large())
         if upgraded_at is not None:
             # Not where it was caught: what is raised there would have the upgrade for its context.
@@ -153,7 +156,7 @@ class Parser:
     def on_message_begin(self) -> None:
         if self.draining:
             raise draining()
-        self.arriving = Arriving.HEADER
+        self.arriving = _HEADER
         self.expects = self._upgrade = self.admitted = False
         self._body = self._target = b""
         self._body_bytes = 0
@@ -170,7 +173,7 @@ class Parser:
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > self._limits.header_bytes_max:
             raise self._header_too_large()
-        if self.arriving is Arriving.BODY:  # a trailer: among the headers it could pass for one of them
+        if self.arriving is _BODY:  # a trailer: among the headers it could pass for one of them
             return
         name = name.lower()
         before = self._headers.get(name)
@@ -202,7 +205,7 @@ class Parser:
         expected = headers.get(b"expect") if version == "1.1" else None
         if expected is not None and expected.lower() != b"100-continue":
             raise ExpectationFailed("The only Expect is 100-continue.")
-        self.arriving = Arriving.BODY
+        self.arriving = _BODY
         self._keeps = method in _WITH_BODY  # what comes with other methods means nothing (RFC 9110, 9.3.1)
         self._raw_bytes = 0
         self.expects = expected is not None
@@ -228,7 +231,7 @@ class Parser:
             return
         keep_alive = self._http.should_keep_alive() and self._http.get_http_version() == "1.1"
         self.ready.append(self._request(bytes(self._body), keep_alive))
-        self.arriving = Arriving.NOTHING
+        self.arriving = _NOTHING
         self.expects = False
         self._body = b""
         self._raw_bytes = 0

@@ -154,21 +154,27 @@ def ndjson(body: bytes, content_type: str, *, events_max: int = 10_000) -> bytes
     MalformedBody (an array that is not JSON or not UTF-8), EmptyBatch, NoValidEvent (one object that is not JSON), BatchTooLarge (an
     array of so many values that it must not be decoded to count them).
     """
+    if _is_ndjson(content_type):
+        return body
+    text = body.strip(b" \t\r\n")
+    if not text:
+        raise EmptyBatch("The body is empty. Nothing was stored.")
+    return _array(text, events_max) if text[:1] == b"[" else _one(text)
+
+
+@lru_cache(maxsize=64)
+def _is_ndjson(content_type: str) -> bool:
+    """Whether it is of NDJSON; else it is of JSON. Raises UnsupportedType for anything else."""
     media_type = content_type.partition(";")[0].strip().lower()
     found = _CHARSET.search(content_type)
     charset = found[1].strip().lower() if found else ""
     if charset not in ("", "utf-8", "utf8", "us-ascii"):
         raise UnsupportedType(f"The charset {charset!r} is not supported; send UTF-8.", supported=["utf-8"])
-    if media_type in _NDJSON:
-        return body
-    if media_type not in _JSON:
+    if media_type not in _NDJSON and media_type not in _JSON:
         raise UnsupportedType(
             f"Content-Type {media_type!r} is not supported; send {' or '.join(TYPES)}.", supported=list(TYPES)
         )
-    text = body.strip(b" \t\r\n")
-    if not text:
-        raise EmptyBatch("The body is empty. Nothing was stored.")
-    return _array(text, events_max) if text[:1] == b"[" else _one(text)
+    return media_type in _NDJSON
 
 
 def device_field(lines: bytes, content_type: str, field: str) -> str:

@@ -171,6 +171,8 @@ class Router:
         closing = stamp.closing
         try:
             body.isascii() or body.decode()
+            if occurrences == 1 and device is None and allows is None and body.find(b"\n") == len(body) - 1:
+                return self._fast_one(body, closing, _decoder(field, bool(stamp.properties)))
             if occurrences:
                 groups = self._fast_by_device(
                     body, occurrences, _decoder(field, bool(stamp.properties)), device, allows
@@ -197,6 +199,14 @@ class Router:
         if not _adds_up(size, body, count, closing):
             raise _NotSure
         return Routed(tuple(cut), count)
+
+    def _fast_one(self, body: bytes, closing: bytes, decoder: msgspec.json.Decoder[Any]) -> Routed:
+        """One line. What many need is half of the work for one."""
+        partition = self._partition_of[decoder.decode(body).device]
+        content = body.removesuffix(_CLOSING) + closing
+        if body[0] != _OPENING or len(content) > self._event_bytes_max or not _adds_up(len(content), body, 1, closing):
+            raise _NotSure
+        return Routed((Group(partition, 1, content),), 1)
 
     def _fast_by_device(
         self, body: bytes, count: int, decoder: msgspec.json.Decoder[Any], device: str | None, allows: Allows | None
