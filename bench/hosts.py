@@ -99,25 +99,33 @@ def take_over(folder: Path, lease_s: float) -> tuple[float, float]:
                 host.end(signal.SIGKILL)
 
 
-def catch_up(folder: Path, bodies: Path, seconds: float) -> tuple[float, float, float]:
-    """Events/s taken in at full load without an archiver, and then archived by one host: by wall time and by its CPU time."""
+def catch_up(folder: Path, bodies: Path, seconds: float, hosts: int) -> tuple[float, float, float]:
+    """Events/s taken in at full load while the hosts are stopped, and then archived by them: by wall time and by their CPU time."""
     with System(folder, ["--archive", "none", "--partitions", str(PARTITIONS)]) as system:
-        work = Work("catch up", bodies, 1000, 16, zipped=True, numbered=True)
-        window = measure(system, plan_of(work, system, warm_up_s=1, seconds=seconds, producer="load"))
-        ingest = window.result.accepted_in_window / window.result.seconds
-        host = Host(system, "host", 30.0)
+        leases = Leases(folder)
+        running = [Host(system, f"host-{number}", 3 * seconds + 30) for number in range(hosts)]
+        pids = [host.process.pid for host in running]
         try:
-            leases = Leases(folder)
-            _await("the host has taken all", lambda: leases.counts([host]) == [PARTITIONS])
+            leases.await_even(running)
+            before = cpu_s(pids)
+            for host in running:
+                host.process.send_signal(signal.SIGSTOP)
+            work = Work("catch up", bodies, 1000, 16, zipped=True, numbered=True)
+            window = measure(system, plan_of(work, system, warm_up_s=1, seconds=seconds, producer="load"))
+            ingest = window.result.accepted_in_window / window.result.seconds
             began = time.monotonic()
+            for host in running:
+                host.process.send_signal(signal.SIGCONT)
             if system.command("flush"):
                 raise BenchError("the backlog was not archived")
             took_s = time.monotonic() - began
-            used_s = cpu_s([host.process.pid])[host.process.pid]
+            used = cpu_s(pids)
             archived = system.status().totals.archived
-            return ingest, archived / took_s, archived / used_s
+            return ingest, archived / took_s, archived / sum(used[pid] - before[pid] for pid in pids)
         finally:
-            host.end(signal.SIGTERM)
+            for host in running:
+                host.process.send_signal(signal.SIGCONT)
+                host.end(signal.SIGTERM)
 
 
 def targets(folder: Path, *, lease_s: float, seconds: float, out: Console) -> Iterator[Target]:
@@ -129,11 +137,13 @@ def targets(folder: Path, *, lease_s: float, seconds: float, out: Console) -> It
     yield target("hand-over on a clean stop", hand_over_s, HAND_OVER_S_MOST, "s")
     path = folder / "bodies"
     path.write_bytes(msgspec.msgpack.encode(gzip_bodies(200, events=1000, devices=5000, seed=1)))
-    ingest, wall, cpu = catch_up(folder / "catch-up", path, seconds)
-    out.print(
-        f"taken in {ingest:,.0f} events/s; archived {wall:,.0f} events/s, {cpu:,.0f} for each CPU second of the host"
-    )
-    yield target("catch-up: archived ÷ taken in, events/s", wall / ingest, CATCH_UP_LEAST, "×", at_least=True)
+    for hosts in (1, 2):
+        ingest, wall, cpu = catch_up(folder / f"catch-up-{hosts}", path, seconds, hosts)
+        out.print(
+            f"taken in {ingest:,.0f} events/s; archived by {hosts} {wall:,.0f} events/s, {cpu:,.0f} for each CPU second of them"
+        )
+        name = f"catch-up of {hosts} host{'s' * (hosts > 1)}: archived ÷ taken in, events/s"
+        yield target(name, wall / ingest, CATCH_UP_LEAST, "×", at_least=True)
 
 
 def main(words: Sequence[str]) -> int:
@@ -141,7 +151,7 @@ def main(words: Sequence[str]) -> int:
         prog="python -m bench.hosts", description="Take-over and catch-up of processor hosts."
     )
     parser.add_argument("--lease", type=float, default=30.0, help="lease time in seconds (30)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="load that makes the backlog (10)")
+    parser.add_argument("--seconds", type=float, default=25.0, help="load that makes the backlog (25)")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     given = parser.parse_args(words)
     folder = given.folder.resolve()

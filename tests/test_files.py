@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import io
+import mmap
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -11,7 +15,8 @@ from typing import BinaryIO
 
 import pytest
 
-from penstock.files import PART_BYTES, STEADY_BYTES, Files
+from penstock.files import PART_BYTES, Files
+from penstock.growing import BLOCK_BYTES
 from penstock.testing import FaultyFiles
 
 
@@ -107,8 +112,8 @@ def test_a_failure_at_any_step_leaves_old_or_new_and_nothing_else(tmp_path: Path
                 case "put":
                     files.put(path, io.BytesIO(b"new"))
                 case _:
-                    with written(files.work_file(tmp_path), b"new") as work:
-                        files.put(path, work)
+                    with files.work_file(tmp_path) as work:
+                        files.put(path, written(work, b"new"))
         except OSError as error:
             assert error.errno == number
         else:
@@ -135,7 +140,9 @@ def test_a_work_file_gets_the_name_instead_of_being_copied(tmp_path: Path) -> No
         files.put(tmp_path / "a", work)
     assert (tmp_path / "a").read_bytes() == b"new"
     assert (tmp_path / "a").stat().st_ino == inode
-    assert files.calls == ["fsync", "link_open", "rename", "fsync"], "the content is on the disk before the name"
+    assert files.calls == ["write_at", "fsync", "link_open", "rename", "fsync"], (
+        "the content is on the disk before the name"
+    )
     assert names(tmp_path) == ["a"]
 
 
@@ -154,22 +161,74 @@ def test_what_cannot_get_the_name_is_copied(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_work_file_goes_to_the_disk_as_it_grows(tmp_path: Path) -> None:
-    files = FaultyFiles()
-    part, count = bytes(range(256)) * 4096, 2 * STEADY_BYTES // (1 << 20) + 3
+class ShortWrites(Files):
+    def _write_at(self, fd: int, body: memoryview, at: int) -> int:
+        return super()._write_at(fd, body[: BLOCK_BYTES // 2], at)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("rest", [0, 1, 4096, BLOCK_BYTES - 1])
+def test_a_work_file_has_what_was_written(
+    tmp_path: Path, rest: int, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not direct:
+        monkeypatch.delattr(os, "O_DIRECT")
+    files = ShortWrites()
+    parts = random.Random(rest).choices([b"", b"a" * 9, bytes(range(256)) * 16, b"c" * (BLOCK_BYTES + 5)], k=40)
+    size = sum(map(len, parts))
+    content = b"".join(parts) + b"d" * (-size % BLOCK_BYTES + rest)
     with files.work_file(tmp_path) as work:
-        for _ in range(count):
-            work.write(part)
-        assert files.calls == ["fsync", "fsync"]
+        work.writelines(parts[:7])
+        for part in parts[7:]:
+            assert work.write(part) == len(part)
+        work.write(content[size:])
+        assert work.seek(0, io.SEEK_END) == len(content)
+        work.write(b"behind")
         work.seek(0)
         files.put(tmp_path / "a", work)
-    assert (tmp_path / "a").read_bytes() == part * count
+    assert (tmp_path / "a").read_bytes() == content + b"behind"
 
 
-def test_a_disk_that_fails_while_a_work_file_grows_is_heard_of(tmp_path: Path) -> None:
+def resident_bytes(fd: int) -> int:
+    """Of a file, in the system's cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(fd, 0) as mapped:
+        pages = (ctypes.c_ubyte * (len(mapped) // mmap.PAGESIZE + 1))()
+        begin = ctypes.c_char.from_buffer(mapped)
+        assert libc.mincore(ctypes.c_void_p(ctypes.addressof(begin)), ctypes.c_size_t(len(mapped)), pages) == 0
+        del begin
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def test_a_work_file_goes_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Files().work_file(tmp_path) as work:
+        work.write(bytes(16 * BLOCK_BYTES + 1))
+        work.seek(0)
+        assert os.fstat(work.fileno()).st_size == 16 * BLOCK_BYTES + 1
+        assert resident_bytes(work.fileno()) <= BLOCK_BYTES
+    monkeypatch.delattr(os, "O_DIRECT")
+    with Files().work_file(tmp_path) as work:
+        work.write(bytes(16 * BLOCK_BYTES))
+        assert resident_bytes(work.fileno()) == 16 * BLOCK_BYTES
+
+
+def test_a_file_system_that_wants_other_blocks_gets_what_it_wants(tmp_path: Path) -> None:
+    class Picky(Files):
+        def _write_at(self, fd: int, body: memoryview, at: int) -> int:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return super()._write_at(fd, body, at)
+
+    with written(Picky().work_file(tmp_path), b"x" * (2 * BLOCK_BYTES + 3)) as work:
+        assert work.read() == b"x" * (2 * BLOCK_BYTES + 3)
+
+
+@pytest.mark.parametrize("size", [BLOCK_BYTES, BLOCK_BYTES // 2])
+def test_a_disk_that_fails_while_a_work_file_grows_is_heard_of(tmp_path: Path, size: int) -> None:
     files = FaultyFiles({1: errno.EIO})
-    with pytest.raises(OSError, match="Input/output error"), files.work_file(tmp_path) as work:
-        work.write(bytes(STEADY_BYTES))
+    with files.work_file(tmp_path) as work, pytest.raises(OSError, match="Input/output error"):
+        work.write(bytes(size))
+        work.flush()
 
 
 def test_a_sweep_leaves_a_work_file_that_is_about_to_get_its_name(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ SRC = Path(__file__).parent.parent / "src" / "penstock"
 FUNCTION_LINES_MAX = 60
 MODULE_LINES_MAX = 400
 
-BASE = {"errors", "events", "clock", "files", "sas", "access"}
+BASE = {"errors", "events", "clock", "files", "growing", "sas", "access"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "clock": set(),
     "events": {"errors"},
-    "files": {"errors", "clock"},
+    "files": {"errors", "clock", "growing"},
+    "growing": set(),
     "sas": set(),
     "access": {"errors", "clock", "sas"},
     "settings": {"errors"},

@@ -21,16 +21,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from penstock.growing import BLOCK_BYTES, GrowingFile
 
 PART_BYTES = 1 << 20
-STEADY_BYTES = 8 << 20
 _LOCK_TRIES, _LOCK_PAUSE_S = 100, 0.005
-
-WORK_BUFFER_BYTES = 1 << 17
 _WORK = re.compile(r"\.[0-9a-f]{16}")
 
 
@@ -97,27 +93,6 @@ class Appending:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
-
-
-class _Steady(io.FileIO):
-    """Goes to the disk as it grows, and then out of the system's cache.
-
-    So its pages are used again while they are warm, the last sync is a small one, and what readers of the hub need stays in the cache.
-    """
-
-    def __init__(self, fd: int, files: Files) -> None:
-        super().__init__(fd, "r+b")
-        self._files = files
-        self._written = 0
-
-    def write(self, body: Buffer) -> int:
-        written = super().write(body)
-        self._written += written
-        if self._written >= STEADY_BYTES:
-            self._written = 0
-            self._files._fsync(self.fileno())
-            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return written
 
 
 class Files:
@@ -277,8 +252,8 @@ class Files:
         try:
             fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
         except (AttributeError, OSError):  # not every system and file system can
-            return cast(BinaryIO, tempfile.TemporaryFile(buffering=WORK_BUFFER_BYTES, prefix=".", dir=folder))
-        return cast(BinaryIO, io.BufferedRandom(_Steady(fd, self), WORK_BUFFER_BYTES))
+            return cast(BinaryIO, tempfile.TemporaryFile(buffering=BLOCK_BYTES, prefix=".", dir=folder))
+        return cast(BinaryIO, GrowingFile(fd, self._write_at))
 
     def sweep(self, folder: Path) -> None:
         """Delete the work files in `folder` whose writers have died: a writer holds a lock on its file while it writes."""
@@ -370,6 +345,9 @@ class Files:
 
     def _write(self, fd: int, body: memoryview) -> int:
         return os.write(fd, body)
+
+    def _write_at(self, fd: int, body: memoryview, at: int) -> int:
+        return os.pwrite(fd, body, at)
 
     def _fsync(self, fd: int) -> None:
         os.fsync(fd)

@@ -254,15 +254,15 @@ class FaultyBlobs:
 class FaultyFiles(Files):
     """Files of which the n-th system call (from 1) raises OSError with a given errno, once; and short writes.
 
-    `calls` names what was called: `open_new`, `write`, `fsync`, `link`, `link_open`, `rename`, `unlink`, `mkdir`, `flock`. A write that
-    fails has written half of its bytes, as when a disk fills up.
+    `calls` names what was called: `open_new`, `write`, `write_at`, `fsync`, `link`, `link_open`, `rename`, `unlink`, `mkdir`, `flock`. A
+    `write` that fails has written half of its bytes, as when a disk fills up.
     """
 
     def __init__(self, failing: dict[int, int] | None = None, *, write_bytes_max: int | None = None) -> None:
         self.calls: list[str] = []
         self._failing = failing or {}
         self._write_bytes_max = write_bytes_max
-        for name in ("open_new", "fsync", "link", "link_open", "rename", "unlink", "mkdir", "flock"):
+        for name in ("open_new", "write_at", "fsync", "link", "link_open", "rename", "unlink", "mkdir", "flock"):
             setattr(self, f"_{name}", functools.partial(self._call, name, getattr(self, f"_{name}")))
 
     def _write(self, fd: int, body: memoryview) -> int:
