@@ -18,7 +18,7 @@ import pytest
 from penstock.errors import FrameDamaged, HubBroken, HubError, HubUnavailable, NotFound, SettingsError, StorageFull
 from penstock.events import Appended, Batch, Frame, Group
 from penstock.hub import commit as commit_module
-from penstock.hub import embedded
+from penstock.hub import embedded, expiry
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.hub.layout import EVENTS, KEY, META_POSITIONS
 from penstock.hub.producers import KEYED
@@ -287,6 +287,55 @@ def test_idempotency_keys_are_forgotten_after_a_day_and_not_before(reopen: Open,
     assert hub.producer("p-1").sequence == 1
 
 
+@pytest.mark.parametrize("keeps_pace", [True, False])
+def test_the_table_does_not_grow_under_a_steady_load_of_keys(
+    reopen: Open, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, keeps_pace: bool
+) -> None:
+    """Three times as many keys as are looked at in any case, for three days: it holds those of a day, and of one walk through it."""
+    monkeypatch.setattr(expiry, "AT_ONCE", 20)
+    if not keeps_pace:
+        monkeypatch.setattr(expiry, "WALK_S", float("inf"))
+    hub, each_hour, most = reopen(), 60, 0
+    for hour in range(72):
+        keys = [hashlib.sha256(b"%d-%d" % (hour, n)).hexdigest()[:32] for n in range(each_hour)]
+        hub.append([batch(1, {0: [b"{}"]}, producer=KEYED + key) for key in keys])
+        clock.advance(3600)
+        hub.maintain()
+        with hub._env.begin() as txn:
+            most = max(most, txn.stat(hub._databases.producers)["entries"])
+        assert hub.producer(KEYED + keys[0])
+    assert (most <= 1.3 * 24 * each_hour) == keeps_pace, most
+
+
+def test_how_much_of_the_table_is_looked_at() -> None:
+    assert [expiry.looks(entries, 1.0) for entries in (0, 5, 1000, 999_999)] == [0, 5, 1000, 1000]
+    assert expiry.looks(86_400_000, 1.0) == 4000, "four looks for each of 1,000 keys a second"
+    assert expiry.looks(10_000_000, expiry.WALK_S) == expiry.looks(10_000_000, 1e9) == 10_000_000
+
+
+def test_a_walk_that_takes_too_long_is_made_up_for(
+    reopen: Open, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expiry, "AT_ONCE", 10)
+    hub = reopen()
+    hub.append([batch(1, {0: [b"{}"]}, producer=f"p-{n:03d}") for n in range(200)])
+    clock.advance(15 * DAY_S)
+    look = hub._expiry._look
+
+    def slow(count: int) -> None:
+        look(count)
+        clock.advance(expiry.SECONDS_MOST)
+
+    monkeypatch.setattr(hub._expiry, "_look", slow)
+    left = []
+    for _ in range(40):
+        hub.maintain()
+        with hub._env.begin() as txn:
+            left.append(txn.stat(hub._databases.producers)["entries"])
+    assert left[0] == 180, "for a moment only, though all of it is due"
+    assert left[-1] == 0, "and no new day was needed for the rest"
+
+
 def test_how_long_the_write_lock_is_held_can_be_seen(
     reopen: Open, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,18 +518,18 @@ def test_a_producer_that_sends_while_it_expires_is_kept(
     hub = reopen()
     hub.append([batch(1, {0: [b"{}"]})])
     clock.advance(15 * DAY_S)
-    transaction, decode = hub._writer.transaction, embedded.decode
+    transaction, decode = hub._writer.transaction, expiry.decode
 
     def late() -> Any:
         monkeypatch.setattr(hub._writer, "transaction", transaction)
         hub.append([batch(2, {0: [b"{}"]})])
         if not looks_again:
             old = {"seen_at_ms": 0}
-            monkeypatch.setattr(embedded, "decode", lambda entry: msgspec.structs.replace(decode(entry), **old))
+            monkeypatch.setattr(expiry, "decode", lambda entry: msgspec.structs.replace(decode(entry), **old))
         return transaction()
 
     monkeypatch.setattr(hub._writer, "transaction", late)
-    hub._expire(clock.now_ms())
+    hub._expiry.walk()
     [again] = hub.append([batch(2, {0: [b"{}"]})])
     assert isinstance(again, Appended)
     assert again.duplicate == looks_again

@@ -31,6 +31,7 @@ from penstock.errors import (
 from penstock.events import Appended, Batch, Bounds, FrameKind, Slice
 from penstock.hub import Refused
 from penstock.hub.commit import Commit, Positions
+from penstock.hub.expiry import Expiry
 from penstock.hub.groups import Groups
 from penstock.hub.layout import MARKER, META_HUB, META_POSITIONS, Databases, Meta, open_environment
 from penstock.hub.producers import DAY_MS, Producer, decode, window_ms
@@ -114,7 +115,7 @@ class EmbeddedHub:
         self._resident = Resident(folder / "data.mdb", bytes_max=RESIDENT_BYTES_MAX)
         # LMDB lets go of the interpreter at each record: threads that read at once would spend their time on passing it on.
         self._turn = threading.Lock()
-        self._expired_key = b""
+        self._expiry = Expiry(self._env, self._databases, self._writer, clock)
 
     def __enter__(self) -> EmbeddedHub:
         return self
@@ -269,29 +270,7 @@ class EmbeddedHub:
                 commit.finish()
         self.groups.keep()
         if expire:
-            self._expire(now_ms)
-
-    def _expire(self, now_ms: int) -> None:
-        def is_due(key: bytes, entry: bytes) -> bool:
-            return decode(entry).seen_at_ms < now_ms - window_ms(key.decode())
-
-        with reading(self._env) as txn:
-            cursor = txn.cursor(self._databases.producers)
-            found: list[bytes] = []
-            more = cursor.set_range(self._expired_key)
-            for _ in range(DELETES_AT_ONCE):
-                if not more:
-                    break
-                if is_due(cursor.key(), cursor.value()):
-                    found.append(cursor.key())
-                more = cursor.next()
-            self._expired_key = cursor.key() if more else b""
-        if found:
-            with self._writer.transaction() as txn:
-                for key in found:
-                    entry = txn.get(key, db=self._databases.producers)
-                    if entry is not None and is_due(key, entry):
-                        txn.delete(key, db=self._databases.producers)
+            self._expiry.walk()
 
     def producer(self, producer: str) -> Producer:
         """What is known of a producer. Raises NotFound."""
