@@ -20,8 +20,8 @@ import msgspec
 import uvloop
 
 ANSWERS_WITHIN_S = 30.0
-_RETRY_AFTER_MOST_S = 1.0
-_FAILURES_MOST = 5
+RETRY_AFTER_MOST_S = 1.0
+FAILURES_MOST = 5
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -118,7 +118,7 @@ class Load:
 
     def ended(self, lane: Lane, failure: str) -> None:
         """A lane that has nothing under way, or failed."""
-        if failure and len(self.failures) < _FAILURES_MOST:
+        if failure and len(self.failures) < FAILURES_MOST:
             self.failures.append(failure)
         if not failure:
             self.running.discard(lane)
@@ -181,23 +181,19 @@ class Lane(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._received:
             data = self._received + data
-        head_end = data.find(b"\r\n\r\n")
-        length_at = data.find(b"Content-Length: ", 0, head_end) + 16
-        if head_end < 0 or len(data) < head_end + 4 + int(data[length_at : data.find(b"\r\n", length_at)]):
+        head_end = whole_head(data)
+        if not head_end:
             self._received = data
             return
         self._received = b""
         load = self._load
         if data[9:12] == b"200":
-            at = data.find(b'"accepted":', head_end) + 11
-            load.accepted += int(data[at : data.find(b",", at)])
+            load.accepted += accepted_in(data, head_end)
             load.latencies.append(time.perf_counter() - self._began)
             self._send()
         elif data[9:12] == b"503":
             load.busy += 1
-            at = data.find(b"Retry-After: ", 0, head_end) + 13
-            wait_s = float(data[at : data.find(b"\r\n", at)]) if at > 12 else _RETRY_AFTER_MOST_S
-            asyncio.get_running_loop().call_later(min(wait_s, _RETRY_AFTER_MOST_S), self._write)
+            asyncio.get_running_loop().call_later(retry_after_s(data, head_end), self._write)
         else:
             load.ended(self, data[:2000].decode("latin-1"))
 
@@ -219,6 +215,27 @@ class Lane(asyncio.Protocol):
     def _write(self) -> None:
         if self._transport is not None and self.open:
             self._transport.writelines(self._request)
+
+
+def whole_head(data: bytes) -> int:
+    """Where the head of an answer ends; 0 until the answer is whole."""
+    head_end = data.find(b"\r\n\r\n")
+    length_at = data.find(b"Content-Length: ", 0, head_end) + 16
+    if head_end < 0 or len(data) < head_end + 4 + int(data[length_at : data.find(b"\r\n", length_at)]):
+        return 0
+    return head_end
+
+
+def accepted_in(answer: bytes, head_end: int) -> int:
+    """Events, of a 200."""
+    at = answer.find(b'"accepted":', head_end) + 11
+    return int(answer[at : answer.find(b",", at)])
+
+
+def retry_after_s(answer: bytes, head_end: int) -> float:
+    at = answer.find(b"Retry-After: ", 0, head_end) + 13
+    told_s = float(answer[at : answer.find(b"\r\n", at)]) if at > 12 else RETRY_AFTER_MOST_S
+    return min(told_s, RETRY_AFTER_MOST_S)
 
 
 def prepared(port: int, bodies: Sequence[bytes], *, zipped: bool, numbered: bool) -> list[tuple[bytes, bytes]]:

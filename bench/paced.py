@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import resource
 import sys
 import time
 from collections import deque
@@ -22,16 +23,27 @@ from typing import cast
 import msgspec
 import uvloop
 
-from bench.load import Latency, Mark, latency_ms, prepared, tell
+from bench.load import (
+    ANSWERS_WITHIN_S,
+    FAILURES_MOST,
+    Latency,
+    Mark,
+    accepted_in,
+    latency_ms,
+    prepared,
+    retry_after_s,
+    tell,
+    whole_head,
+)
 
-_ANSWERS_WITHIN_S = 30.0
 _TICK_S = 0.002
-_RETRY_AFTER_MOST_S = 1.0
-_FAILURES_MOST = 5
 
 
 class Paced(msgspec.Struct, frozen=True):
-    """`rate` is batches a second. `bodies`, `events` and `zipped` are those of bench.load; every batch has a number."""
+    """`rate` is batches a second. `bodies`, `events` and `zipped` are those of bench.load; every batch has a number.
+
+    An address may hold a few thousand connections: each of `sources` addresses (127.0.0.2 …) has its share.
+    """
 
     port: int
     bodies: str
@@ -43,6 +55,7 @@ class Paced(msgspec.Struct, frozen=True):
     zipped: bool
     again: bool
     producer: str
+    sources: int = 1
     seed: int = 1
 
 
@@ -95,7 +108,7 @@ class Load:
         loop = asyncio.get_running_loop()
         loop.add_reader(0, self._stdin)
         for number in range(self.plan.connections):
-            await loop.create_connection(lambda n=number: Lane(self, n), "127.0.0.1", self.plan.port)  # type: ignore[misc]
+            await Lane(self, number).connect()
         pace = asyncio.create_task(self._pace())
         await self._for(self.plan.warm_up_s)
         self.window.kept = True
@@ -106,7 +119,7 @@ class Load:
         self.window.kept = False
         tell(Mark("ended"))
         pace.cancel()
-        until = time.perf_counter() + _ANSWERS_WITHIN_S
+        until = time.perf_counter() + ANSWERS_WITHIN_S
         while (self._under_way or self.waiting) and not self.failures and time.perf_counter() < until:
             await asyncio.sleep(0.01)
         if self._under_way and not self.failures:
@@ -124,7 +137,7 @@ class Load:
             self.sent,
             self.accepted,
             self.busy,
-            self.failures[:_FAILURES_MOST],
+            self.failures[:FAILURES_MOST],
         )
 
     async def _for(self, seconds: float) -> None:
@@ -174,11 +187,16 @@ class Lane(asyncio.Protocol):
     def __init__(self, load: Load, number: int) -> None:
         self._load = load
         self._producer = f"{load.plan.producer}-{number}".encode()
+        self._source = f"127.0.0.{2 + number % load.plan.sources}"
         self._transport: asyncio.Transport | None = None
         self._sequence = 1
         self._request = (b"", b"")
         self._received = b""
         self._due = self._sent_at = 0.0
+
+    async def connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: self, "127.0.0.1", self._load.plan.port, local_addr=(self._source, 0))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -191,8 +209,7 @@ class Lane(asyncio.Protocol):
             load.failures.append(f"a connection was lost before its answer: {exc}")
             return
         load.free.remove(self)
-        again = asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", load.plan.port)
-        self._again = asyncio.ensure_future(again)
+        self._again = asyncio.ensure_future(self.connect())
 
     def begin(self, due: float) -> None:
         load = self._load
@@ -210,16 +227,14 @@ class Lane(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         data = self._received + data
-        head_end = data.find(b"\r\n\r\n")
-        length_at = data.find(b"Content-Length: ", 0, head_end) + 16
-        if head_end < 0 or len(data) < head_end + 4 + int(data[length_at : data.find(b"\r\n", length_at)]):
+        head_end = whole_head(data)
+        if not head_end:
             self._received = data
             return
         self._received = b""
         load, window, now = self._load, self._load.window, time.perf_counter()
         if data[9:12] == b"200":
-            at = data.find(b'"accepted":', head_end) + 11
-            accepted = int(data[at : data.find(b",", at)])
+            accepted = accepted_in(data, head_end)
             load.accepted += accepted
             self._sequence += 1
             if window.kept:
@@ -232,9 +247,7 @@ class Lane(asyncio.Protocol):
                 window.refused += 1
                 window.refusals.append(now - self._sent_at)
             if load.plan.again:
-                at = data.find(b"Retry-After: ", 0, head_end) + 13
-                wait_s = min(float(data[at : data.find(b"\r\n", at)]), _RETRY_AFTER_MOST_S)
-                asyncio.get_running_loop().call_later(wait_s, self._write)
+                asyncio.get_running_loop().call_later(retry_after_s(data, head_end), self._write)
             else:
                 load.sent -= load.plan.events
                 load.done(self)
@@ -244,6 +257,8 @@ class Lane(asyncio.Protocol):
 
 def main() -> None:
     plan = msgspec.json.decode(sys.argv[1], type=Paced)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     bodies = msgspec.msgpack.decode(Path(plan.bodies).read_bytes(), type=list[bytes])
 
     async def run() -> PacedResult:
