@@ -1,8 +1,9 @@
 """`python -m bench.hostile`: what slow and hostile clients and too much load do to a good client. `make hostile SECONDS=600`.
 
 One system, one after the other: its capacity; a good client at half of that, alone, and beside idle and slow connections; beside all
-attacks of bench.attack, for as long as is wanted; and three times the capacity. Then all that was accepted is archived and checked: it is
-what the good clients sent, each batch once, and nothing of a hostile one. Exit 1 if that is wrong; no figure makes it fail.
+attacks of bench.attack, for as long as is wanted; and three times the capacity, with batches and with single events. Then all that was
+accepted is archived and checked: it is what the good clients sent, each batch once, and nothing of a hostile one. Exit 1 if that is
+wrong; no figure makes it fail.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from rich.console import Console
 
 from bench.attack import AttackResult
 from bench.attack import Plan as AttackPlan
-from bench.codec import gzip_bodies
+from bench.codec import gzip_bodies, telemetry
 from bench.load import ANSWERS_WITHIN_S, Latency, Plan, latency_ms
 from bench.memory import warm_memory
 from bench.paced import Paced, PacedResult
@@ -41,11 +42,26 @@ REFUSAL_MS_MOST: Final = 50.0
 WORKER_MB_MOST: Final = 300.0
 OVERLOAD: Final = 3.0
 _CONNECTIONS = 64
+_SINGLE_CONNECTIONS = 256
 _GOOD_CONNECTIONS = 64
+_SINGLE_CONNECTIONS = 256
 _OVERLOAD_CONNECTIONS = 2000
+_CONNECTIONS_OF_A_SOURCE = 1000
 _HEALTH_EVERY_S = 0.05
 _BODIES = 200
 _ROOM = 3  # the log, as much again for the archive, and the other windows
+
+
+class Sent(NamedTuple):
+    """What a request carries: `bodies` is a file as bench.load reads it. Connections of its closed loop, and of too much of it: more than
+    the workers queue."""
+
+    name: str
+    bodies: Path
+    events: int
+    zipped: bool
+    connections: int
+    overload_connections: int
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -57,6 +73,7 @@ class Options(msgspec.Struct, frozen=True):
     slow: int
     attacks_per_s: float
     share: float
+    single_connections: int
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -70,12 +87,12 @@ class Phase(msgspec.Struct, frozen=True):
 
 
 class Hostile(msgspec.Struct, frozen=True):
-    """`ok` is about what is stored alone. `capacities` are events/s of the closed loop, before, between and after."""
+    """`ok` is about what is stored alone. `capacities` are events/s of the closed loops, in their order, by what was sent."""
 
     ok: bool
     machine: Machine
     options: Options
-    capacities: list[float]
+    capacities: dict[str, list[float]]
     phases: list[Phase]
     targets: list[Target]
     problems: list[str]
@@ -112,45 +129,63 @@ class Health:
 class Bench:
     """One system and its phases. `accepted` is what the good clients were told, `problems` what is wrong."""
 
-    def __init__(self, system: System, bodies: Path, options: Options, out: Console) -> None:
+    def __init__(self, system: System, options: Options, out: Console) -> None:
         self.system = system
         self.options = options
         self.accepted = 0
         self.problems: list[str] = []
-        self.capacities: list[float] = []
+        self.capacities: dict[str, list[float]] = {}
+        self._loads = 0
         self.phases: list[Phase] = []
-        self._bodies = str(bodies)
         self._out = out
         self._workers = [pid for pid, name in system.parts().items() if name.startswith("api")]
 
-    def capacity(self) -> float:
+    def capacity(self, sent: Sent) -> float:
         """Events/s of the closed loop of bench.load."""
-        producer, events = f"capacity-{len(self.capacities)}", self.options.events_per_batch
-        warm_up_s, seconds = self.options.warm_up_s, self.options.seconds
-        plan = Plan(self.system.port, self._bodies, events, _CONNECTIONS, warm_up_s, seconds, True, True, producer)
+        options = self.options
+        plan = Plan(
+            self.system.port,
+            str(sent.bodies),
+            sent.events,
+            sent.connections,
+            options.warm_up_s,
+            options.seconds,
+            sent.zipped,
+            True,
+            self._producer(),
+        )
         with Loader(plan) as loader:
             result = loader.result()
         self._count(result.accepted, result.sent, result.failures)
-        rate = result.accepted_in_window / result.seconds
-        self.capacities.append(round(rate, 1))
-        self._out.print(f"capacity: {rate:,.0f} events/s, p99 {result.latency_ms.p99:,.1f} ms")
+        rate = round(result.accepted_in_window / result.seconds, 1)
+        self.capacities.setdefault(sent.name, []).append(rate)
+        self._out.print(f"capacity, {sent.name}: {rate:,.0f} events/s, p99 {result.latency_ms.p99:,.1f} ms")
         return rate
 
     def phase(
-        self, name: str, rate: float, seconds: float, attack: AttackPlan | None, *, overload: bool = False
+        self,
+        name: str,
+        sent: Sent,
+        rate: float,
+        seconds: float,
+        attack: AttackPlan | None = None,
+        *,
+        overload: bool = False,
     ) -> None:
         """A load of `rate` events/s beside an attack; when the attack has begun."""
+        connections = sent.overload_connections if overload else _GOOD_CONNECTIONS
         plan = Paced(
             self.system.port,
-            self._bodies,
-            self.options.events_per_batch,
-            _OVERLOAD_CONNECTIONS if overload else _GOOD_CONNECTIONS,
-            rate / self.options.events_per_batch,
+            str(sent.bodies),
+            sent.events,
+            connections,
+            rate / sent.events,
             self.options.warm_up_s,
             seconds,
-            True,
+            sent.zipped,
             not overload,
-            f"good-{len(self.phases)}",
+            self._producer(),
+            1 + connections // _CONNECTIONS_OF_A_SOURCE,
         )
         attacked: AttackResult | None = None
         with contextlib.ExitStack() as closing:
@@ -170,6 +205,12 @@ class Bench:
         self.phases.append(Phase(name, result, latency_ms(health.latencies), most, attacked))
         self._say(self.phases[-1])
 
+    def overload(self, sent: Sent) -> None:
+        """Three times the capacity, between two measurements of it."""
+        name = f"at {OVERLOAD:g} × the capacity, {sent.name}"
+        self.phase(name, sent, OVERLOAD * self.capacity(sent), self.options.seconds, overload=True)
+        self.capacity(sent)
+
     def settle(self, folder: Path) -> None:
         """Everything into the store, and what is there against what was accepted."""
         for command in (("flush", "--timeout", "600s"), ("audit", "--deep"), ("verify",)):
@@ -184,6 +225,11 @@ class Bench:
         found = hostile_lines(folder / "data" / "store")
         if found:
             self.problems.append(f"{found} events of hostile clients are stored")
+
+    def _producer(self) -> str:
+        """Another name for each load: its numbers begin at one."""
+        self._loads += 1
+        return f"load-{self._loads}"
 
     def _count(self, accepted: int, sent: int, failures: Sequence[str]) -> None:
         self.accepted += accepted
@@ -222,43 +268,52 @@ def hostile_lines(store: Path) -> int:
 
 
 def targets(bench: Bench) -> Iterator[Target]:
-    before, held, after, attacked, over = bench.phases
+    before, held, after, attacked, *over = bench.phases
     alone_ms = (before.load.latency_ms.p99 + after.load.latency_ms.p99) / 2
     what = f"beside {bench.options.idle} idle and {bench.options.slow} slow connections: p99 ÷ p99 alone"
     yield target(what, held.load.latency_ms.p99 / alone_ms, P99_RATIO_MOST, "×")
     yield target("beside all attacks: p99 ÷ p99 alone", attacked.load.latency_ms.p99 / alone_ms, P99_RATIO_MOST, "×")
-    capacity = (bench.capacities[-2] + bench.capacities[-1]) / 2
-    ratio = over.load.accepted_in_window / over.load.seconds / capacity
-    name = f"at {OVERLOAD:g} × the capacity"
-    yield target(f"{name}: accepted ÷ capacity", ratio, ACCEPTED_RATIO_LEAST, "×", at_least=True)
-    yield target(f"{name}: refusals, p99", over.load.refusal_ms.p99, REFUSAL_MS_MOST, "ms")
-    yield target(f"{name}: /health, p99", over.health_ms.p99, REFUSAL_MS_MOST, "ms")
+    for phase, capacities in zip(over, bench.capacities.values(), strict=True):
+        capacity = (capacities[-2] + capacities[-1]) / 2
+        ratio = phase.load.accepted_in_window / phase.load.seconds / capacity
+        yield target(f"{phase.name}: accepted ÷ capacity", ratio, ACCEPTED_RATIO_LEAST, "×", at_least=True)
+        yield target(f"{phase.name}: refusals, p99", phase.load.refusal_ms.p99, REFUSAL_MS_MOST, "ms")
+        yield target(f"{phase.name}: /health, p99", phase.health_ms.p99, REFUSAL_MS_MOST, "ms")
     yield target("a worker's anonymous memory, most", max(p.worker_mb for p in bench.phases), WORKER_MB_MOST, "MB")
 
 
+def what_is_sent(folder: Path, options: Options) -> tuple[Sent, Sent]:
+    """Batches, and single events."""
+    events = options.events_per_batch
+    batches = Sent("batches", folder / "bodies", events, True, _CONNECTIONS, _OVERLOAD_CONNECTIONS)
+    singles = Sent("single events", folder / "singles", 1, False, _SINGLE_CONNECTIONS, options.single_connections)
+    bodies = gzip_bodies(_BODIES, events=events, devices=5000, seed=1)
+    batches.bodies.write_bytes(msgspec.msgpack.encode(bodies))
+    events_alone = [event.rstrip() for event in telemetry(_BODIES, devices=5000, seed=2)]
+    singles.bodies.write_bytes(msgspec.msgpack.encode(events_alone))
+    return batches, singles
+
+
 def run(folder: Path, options: Options, out: Console) -> Hostile:
-    bodies = folder / "bodies"
-    bodies.write_bytes(
-        msgspec.msgpack.encode(gzip_bodies(_BODIES, events=options.events_per_batch, devices=5000, seed=1))
-    )
+    batches, singles = what_is_sent(folder, options)
     workers = str(os.cpu_count() or 1)
     with System(folder / "system", ["--workers", workers, "--period", "1h"]) as system:
-        bench = Bench(system, bodies, options, out)
-        rate = bench.capacity() * options.share
+        bench = Bench(system, options, out)
+        rate = bench.capacity(batches) * options.share
         seconds = options.seconds
-        needed = _ROOM * bodies.stat().st_size / (_BODIES * options.events_per_batch) * rate * options.attack_seconds
+        event_bytes = batches.bodies.stat().st_size / (_BODIES * options.events_per_batch)
+        needed = _ROOM * event_bytes * rate * options.attack_seconds
         if shutil.disk_usage(folder).free < needed:
             raise BenchError(f"{options.attack_seconds:g} s of it need {needed / 1e9:.0f} GB of free disk in {folder}.")
-        bench.phase("alone", rate, seconds, None)
+        bench.phase("alone", batches, rate, seconds)
         held = AttackPlan(system.port, options.idle, options.slow, 0.0, False)
-        bench.phase("beside idle and slow", rate, seconds, held)
-        bench.phase("alone again", rate, seconds, None)
+        bench.phase("beside idle and slow", batches, rate, seconds, held)
+        bench.phase("alone again", batches, rate, seconds)
         tokens = asks_for_keys(system.port)
         all_of_it = AttackPlan(system.port, options.idle // 10, options.slow, options.attacks_per_s, tokens)
-        bench.phase("beside all attacks", rate, options.attack_seconds, all_of_it)
-        overload = OVERLOAD * bench.capacity()
-        bench.phase(f"{OVERLOAD:g} × the capacity", overload, seconds, None, overload=True)
-        bench.capacity()
+        bench.phase("beside all attacks", batches, rate, options.attack_seconds, all_of_it)
+        for sent in (batches, singles):
+            bench.overload(sent)
         bench.settle(folder / "system")
     return Hostile(
         not bench.problems,
@@ -291,6 +346,12 @@ def main(words: Sequence[str]) -> int:
     add("--idle", type=int, default=10_000, help="idle connections (10000)")
     add("--slow", type=int, default=500, help="connections that send a byte a second (500)")
     add("--attacks", type=float, default=100.0, help="attacks a second (100)")
+    add(
+        "--single-connections",
+        type=int,
+        default=10_000,
+        help="of too much of single events: more than are queued (10000)",
+    )
     add("--share", type=float, default=0.5, help="of the capacity, for the good client (0.5)")
     add("--json", metavar="FILE", help="write the figures as JSON; `-` for standard output")
     add("--folder", type=Path, default=Path("build/bench"))
@@ -304,6 +365,7 @@ def main(words: Sequence[str]) -> int:
         given.slow,
         given.attacks,
         given.share,
+        given.single_connections,
     )
     given.folder.mkdir(parents=True, exist_ok=True)
     out = Console(stderr=given.json == "-", width=None if sys.stdout.isatty() else 200)

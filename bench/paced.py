@@ -3,7 +3,8 @@
 Batches are due at random times (exponential gaps, the same for a seed) at a rate, whether those before were answered or not. A due
 batch goes out on a connection that has nothing under way; if there is none it waits, and that waiting counts: latencies are from the
 time when a batch was due to its 200. A refused batch is sent again after `Retry-After` if `again`, as a good client does, else its
-number goes to the next batch: if the refusal had stored it after all, that would be answered `number_reused`, a failure.
+number goes to the next batch: if the refusal had stored it after all, that would be answered `number_reused`, a failure. Then every other
+connection rests for as long as it was told, and the rest goes on at once: how long a refusal takes is of those that heed the last.
 Marks, the result on standard output, and the end with standard input are as those of bench.load.
 """
 
@@ -119,6 +120,8 @@ class Load:
         self.window.kept = False
         tell(Mark("ended"))
         pace.cancel()
+        if not self.plan.again:  # of too much, what has not been sent by now never is
+            self.waiting.clear()
         until = time.perf_counter() + ANSWERS_WITHIN_S
         while (self._under_way or self.waiting) and not self.failures and time.perf_counter() < until:
             await asyncio.sleep(0.01)
@@ -170,10 +173,21 @@ class Load:
 
     def done(self, lane: Lane) -> None:
         self._under_way -= 1
+        self._free(lane)
+
+    def _free(self, lane: Lane) -> None:
         if self.waiting:
             lane.begin(self.waiting.popleft())
         else:
             self.free.append(lane)
+
+    def refused(self, lane: Lane, rest_s: float) -> None:
+        """The batch is given up; the lane is free when it has rested."""
+        if rest_s:
+            self._under_way -= 1
+            asyncio.get_running_loop().call_later(rest_s, self._free, lane)
+        else:
+            self.done(lane)
 
     def _stdin(self) -> None:
         if not os.read(0, 4096):
@@ -187,6 +201,7 @@ class Lane(asyncio.Protocol):
     def __init__(self, load: Load, number: int) -> None:
         self._load = load
         self._producer = f"{load.plan.producer}-{number}".encode()
+        self._heeds = load.plan.again or number % 2 == 0
         self._source = f"127.0.0.{2 + number % load.plan.sources}"
         self._transport: asyncio.Transport | None = None
         self._sequence = 1
@@ -245,12 +260,14 @@ class Lane(asyncio.Protocol):
             load.busy += 1
             if window.kept:
                 window.refused += 1
-                window.refusals.append(now - self._sent_at)
+                if self._heeds:
+                    window.refusals.append(now - self._sent_at)
+            wait_s = retry_after_s(data, head_end) if self._heeds else 0.0
             if load.plan.again:
-                asyncio.get_running_loop().call_later(retry_after_s(data, head_end), self._write)
+                asyncio.get_running_loop().call_later(wait_s, self._write)
             else:
                 load.sent -= load.plan.events
-                load.done(self)
+                load.refused(self, wait_s)
         else:
             load.failures.append(data[:2000].decode("latin-1"))
 

@@ -126,11 +126,14 @@ def test_take_over_and_catch_up(tmp_path: Path) -> None:
 
 def test_a_moment_beside_hostile_clients_and_a_moment_of_too_much(tmp_path: Path) -> None:
     small = "--seconds 0.5 --warm-up 0.2 --attack-seconds 1 --events-per-batch 100 --idle 200 --slow 20 --attacks 50"
-    done = bench("bench.hostile", *small.split(), "--folder", str(tmp_path), "--json", "-")
+    done = bench(
+        "bench.hostile", *small.split(), "--single-connections", "1000", "--folder", str(tmp_path), "--json", "-"
+    )
     assert done.returncode == 0, done.stderr.decode()
     report = json.loads(done.stdout)
     assert report["ok"] is True and report["problems"] == []
-    assert len(report["phases"]) == 5 and len(report["capacities"]) == 3 and len(report["targets"]) == 6
+    assert {kind: len(rates) for kind, rates in report["capacities"].items()} == {"batches": 3, "single events": 2}
+    assert len(report["phases"]) == 6 and len(report["targets"]) == 9
     assert all(phase["load"]["accepted_in_window"] > 0 for phase in report["phases"])
     attack = report["phases"][3]["attack"]
     assert (attack["idle"], attack["slow"], attack["unexpected"]) == (20, 20, [])

@@ -7,6 +7,8 @@ notes when it last got somewhere, and the server looks at all of them once in `s
 Who may not send is refused before his body is there, and bodies that arrive are bounded together. Both are looked at only when
 a connection waits for more of a body: a request that came whole in one read costs nothing of this.
 
+Who is told to come later is not read for a moment when there are many such (patience.py).
+
 Who is refused while the request is still arriving gets the answer and the end of the stream at once, and what still comes
 is thrown away for `linger_s`: closing a socket with unread bytes would reset it, and the client would lose the answer.
 """
@@ -31,6 +33,7 @@ _READ_BYTES_LEAST = (
     64 << 10
 )  # of an answer within `write_s`, or all of it: a byte now and then does not hold it for ever
 _BODY = Arriving.BODY  # what a member of an enum costs to look up is too much for each read
+_LATER = frozenset((429, 503))
 _RESET = struct.pack("ii", 1, 0)
 _STATUS = {status.value: b"HTTP/1.1 %d %s" % (status, status.phrase.encode()) for status in HTTPStatus}
 
@@ -48,6 +51,7 @@ class Server(Protocol):
 
     def enter(self, connection: Connection, host: str) -> PenstockError | None: ...
     def forget(self, connection: Connection) -> None: ...
+    def rest_s(self) -> float: ...
     def fault(self, error: BaseException, **about: object) -> PenstockError: ...
 
 
@@ -56,7 +60,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         *("_arriving_bytes", "_blocked", "_closing", "_current", "_ended", "_held", "_parser", "_paused", "_peer"),
-        *("_server", "_since", "_stepping", "_transport", "_unsent"),
+        *("_resting", "_server", "_since", "_stepping", "_transport", "_unsent"),
     )
 
     def __init__(self, server: Server) -> None:
@@ -69,7 +73,7 @@ class Connection(asyncio.Protocol):
         self._since = server.now
         self._unsent = 0
         self._arriving_bytes = 0
-        self._stepping = self._paused = self._blocked = self._closing = self._ended = False
+        self._stepping = self._paused = self._blocked = self._resting = self._closing = self._ended = False
 
     # What the transport calls
 
@@ -95,7 +99,7 @@ class Connection(asyncio.Protocol):
         """A client that ends its side still gets the answers to what arrived whole; half a request is dropped."""
         self._ended = True
         half_open = self._transport is not None and self._transport.can_write_eof()  # TLS closes both ways at once
-        return half_open and not self._closing and (self._current is not None or self._blocked)
+        return half_open and not self._closing and (self._current is not None or self._blocked or self._resting)
 
     def pause_writing(self) -> None:
         self._blocked = True
@@ -109,7 +113,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if self._current is None and not self._blocked:
+        if self._current is None and not self._blocked and not self._resting:
             self._parse(data)
             self._step()
             return
@@ -159,7 +163,7 @@ class Connection(asyncio.Protocol):
             return
         self._stepping = True
         try:
-            while self._current is None and not self._blocked and not self._closing and self._transport is not None:
+            while self._current is None and not self._waits() and self._transport is not None:
                 if self._parser.ready:
                     self._take(self._parser.ready.popleft())
                 elif self._held:
@@ -170,6 +174,10 @@ class Connection(asyncio.Protocol):
                     break
         finally:
             self._stepping = False
+
+    def _waits(self) -> bool:
+        """Whether the next request is to wait where it is."""
+        return self._blocked or self._resting or self._closing
 
     def _take(self, item: Request | BaseException) -> None:
         if isinstance(item, BaseException):
@@ -207,10 +215,17 @@ class Connection(asyncio.Protocol):
         keep = request.keep_alive and not self._server.draining
         self._write(transport, response, keep, request.method)
         self._since = self._server.now
-        if keep:
-            self._step()
-        else:
+        if not keep:
             self._close(transport)
+            return
+        if response.status in _LATER and (rest_s := self._server.rest_s()):
+            self._resting = True
+            asyncio.get_running_loop().call_later(rest_s, self._rested)
+        self._step()
+
+    def _rested(self) -> None:
+        self._resting = False
+        self._step()
 
     def _write(self, transport: asyncio.Transport, response: Response, keep: bool, method: bytes) -> None:
         more = b"".join([b"%b: %b\r\n" % header for header in response.headers]) if response.headers else b""

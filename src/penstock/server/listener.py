@@ -16,6 +16,7 @@ from penstock.server.door import Door
 from penstock.server.http import Connection
 from penstock.server.message import Admit, Handler, admit_all
 from penstock.server.parser import Limits
+from penstock.server.patience import Patience
 from penstock.server.problems import unexpected
 from penstock.server.tls import Certificates
 from penstock.telemetry.log import Log
@@ -46,6 +47,7 @@ class Server:
         self.now = 0.0
         self.date = b""
         self._clock = clock
+        self._patience = Patience()
         self._log = log
         self._listeners: list[tuple[asyncio.Server, socket.socket]] = []
         self._doors: list[Door] = []
@@ -102,6 +104,10 @@ class Server:
         self.crowd.leave(guest)
         if self.draining and not self.crowd.connections:
             self._empty.set()
+
+    def rest_s(self) -> float:
+        """For how long a connection whose request was just refused for now is not to be read (patience.py)."""
+        return self._patience.rest_s(self._clock.monotonic())
 
     def fault(self, error: BaseException, **about: object) -> PenstockError:
         """Log what should not have happened, once; the error to answer with. `about` the request are more fields of the line."""
