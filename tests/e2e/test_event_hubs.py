@@ -6,6 +6,7 @@ send-event, send-batch-events, send-partition-event, send-event-with-publisher-i
 
 from __future__ import annotations
 
+import base64
 import json
 import zlib
 from collections.abc import Iterator
@@ -176,6 +177,25 @@ def test_a_batch(rig: Rig, batch: str) -> None:
     assert [event["body"] for event in events] == ["Message1", "Message2", "Message3"]
     alert = {"Alert": "Strong Wind"} if batch == "properties" else None
     assert [event.get("properties") for event in events] == [alert, None, None]
+
+
+def test_a_batch_of_bodies_in_base64(rig: Rig) -> None:
+    kind = "application/vnd.microsoft.servicebus.json"
+    first, text = (
+        base64.b64encode(b'{"deviceId":"hub-b64","x":21.40}').decode(),
+        base64.b64encode("é".encode()).decode(),
+    )
+    batch = [{"Body": first, "IsBodyBase64": True}, {"Body": text, "IsBodyBase64": True}, {"Body": first}]
+    found = rig.created(recorded("/telemetry/messages", json.dumps(batch), kind=kind))
+    bodies = [bare(line)[0] for _, _, line in found]
+    assert '{"deviceId":"hub-b64","x":21.40' in bodies
+    assert {json.loads(line).get("body") for _, _, line in found} == {None, "é", first}
+    for wrong in ("x", "é", "eA", "eA==\n", "=="):
+        broken = json.dumps([*batch, {"Body": wrong, "IsBodyBase64": True}])
+        rig.refused(recorded("/telemetry/messages", broken, kind=kind), 400, "malformed_body")
+    binary = json.dumps([*batch, {"Body": "/w==", "IsBodyBase64": True}])
+    (rejected,) = rig.refused(recorded("/telemetry/messages", binary, kind=kind), 400, "no_valid_event")["rejected"]
+    assert (rejected["index"], rejected["code"]) == (3, "not_utf8")
 
 
 def test_a_batch_with_broker_properties_that_are_no_json(rig: Rig) -> None:

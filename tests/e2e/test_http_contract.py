@@ -257,6 +257,38 @@ def test_cloudevents(rig: Rig) -> None:
     rig.sent.append(Batch(mixed[:1]))
 
 
+def test_a_cloudevent_in_binary_mode(rig: Rig) -> None:
+    """As the CloudEvents HTTP protocol binding 1.0.2 prints it in 3.1.4, with a subject that is a device."""
+    headers = {
+        "ce-specversion": "1.0",
+        "ce-type": "com.example.someevent",
+        "ce-time": "2018-04-05T03:56:24Z",
+        "ce-id": "1234-1234-1234",
+        "ce-source": "/mycontext/subcontext",
+        "ce-subject": "binary%2D1",
+        "Content-Type": "application/json; charset=utf-8",
+    }
+    event = (
+        b'{"specversion":"1.0","type":"com.example.someevent","time":"2018-04-05T03:56:24Z","id":"1234-1234-1234",'
+        b'"source":"/mycontext/subcontext","subject":"binary-1","datacontenttype":"application/json; charset=utf-8",%b}'
+    )
+    rig.accept([event % b'"data":{"x": 21.40}'], headers, body=b'{"x": 21.40}')
+    zipped = gzip.compress(b'{"x":1}')
+    rig.accept([event % b'"data":{"x":1}'], headers | {"Content-Encoding": "gzip"}, body=zipped)
+    # Two events of the same data under one key are two: the headers say what is stored.
+    for key_id, other, duplicate in (("7", "a", False), ("7", "a", True), ("7", "b", False)):
+        answer = rig.post(b"1", headers | {"ce-id": other, "Idempotency-Key": key_id})
+        assert (answer.status, answer.json["duplicate"]) == (200, duplicate)
+        if not duplicate:
+            rig.sent.append(Batch([(event % b'"data":1').replace(b"1234-1234-1234", other.encode())]))
+    with rig.nothing_stored():
+        refused(rig.post(b"{", headers), 400, "no_valid_event")
+        refused(rig.post(b"1", headers | {"ce-data": "x"}), 400, "bad_header")
+        answer = rig.post(b"1", headers | {"ce-subject": "a/b"})
+        refused(answer, 400, "no_valid_event")
+        assert answer.json["rejected"][0]["code"] == "bad_device"
+
+
 def test_a_refusal_names_the_trace_of_its_request(rig: Rig) -> None:
     """The header is the example of W3C Trace Context, 3.2.4. One that is none is ignored, and none of them is stored."""
     for value, trace in ((f"00-{TRACE}-00f067aa0ba902b7-01", TRACE), (f"00-{TRACE}-0000000000000000-01", None)):

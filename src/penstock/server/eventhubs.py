@@ -9,6 +9,7 @@ partition. So text becomes an object with a field `body`, and who names no devic
 
 from __future__ import annotations
 
+import base64
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,7 @@ class _Message(msgspec.Struct, rename="pascal", gc=False):
     """An element of a batch."""
 
     body: str
+    is_body_base64: bool = False
     broker_properties: _Broker | None = None
     user_properties: msgspec.Raw = _NULL
 
@@ -117,7 +119,7 @@ class EventHubs:
         for index, element in enumerate(elements.split(b"\n")[:-1]):
             message = _message(index, element)
             try:
-                lines.append(writer.line(message) + b"\n")
+                lines.append(writer.line(message, _body(index, message)) + b"\n")
             except _Reject as reject:
                 rejected.append(reject.at(index))
                 lines.append(_PLACE)
@@ -142,9 +144,9 @@ class _Writer:
         self._partition = None if partition is None else _number(partition, posted.partitions)
         self._turns = turns
 
-    def line(self, message: _Message) -> bytes:
+    def line(self, message: _Message, body: bytes) -> bytes:
         """An element of a batch, with its device and the user's properties."""
-        line, fields = _object(message.body.encode(), self._posted.event_bytes_max)
+        line, fields = _object(body, self._posted.event_bytes_max)
         broker = message.broker_properties
         device = self.device(fields, broker.partition_key if broker else None)
         if device is not None:
@@ -240,6 +242,16 @@ def _message(index: int, element: bytes) -> _Message:
     if bytes(message.user_properties)[:1] not in (b"{", b"n"):
         raise _malformed(index, "UserProperties is no object")
     return message
+
+
+def _body(index: int, message: _Message) -> bytes:
+    """The event's own bytes."""
+    if not message.is_body_base64:
+        return message.body.encode()
+    try:
+        return base64.b64decode(message.body, validate=True)
+    except ValueError as error:  # a letter beyond ASCII too
+        raise _malformed(index, "Body is not base64") from error
 
 
 def _malformed(index: int, why: str) -> MalformedBody:

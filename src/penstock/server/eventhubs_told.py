@@ -49,6 +49,7 @@ _ELEMENT: Final[Schema] = {
     "required": ["Body"],
     "properties": {
         "Body": {"type": "string", "description": "The event, a JSON object as text."},
+        "IsBodyBase64": {"type": "boolean", "description": "`Body` is the base64 of it."},
         "BrokerProperties": {"type": "object", "properties": {"PartitionKey": {"type": "string"}}},
         "UserProperties": {"type": "object", "description": "They become the event's `properties`."},
     },

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from penstock.server.message import Reply, Request
-from penstock.wire.body import device_field, ndjson
+from penstock.wire import cloudevents
+from penstock.wire.body import CLOUDEVENT, device_field, ndjson
 from penstock.wire.route import Rejected
 
 
@@ -44,9 +45,13 @@ Framing = Callable[[Posted], Framed]
 
 
 def own(posted: Posted) -> Framed:
-    """NDJSON, JSON and CloudEvents, by the Content-Type."""
+    """NDJSON, JSON and CloudEvents, by the Content-Type; or one CloudEvent, by its headers."""
     content_type = posted.headers.get(b"content-type", b"").decode("latin-1")
-    lines = ndjson(posted.body, content_type, events_max=posted.events_max)
+    if cloudevents.is_binary(posted.headers, content_type):
+        lines = cloudevents.line_of(posted.headers, content_type, posted.body, event_bytes_max=posted.event_bytes_max)
+        content_type = CLOUDEVENT
+    else:
+        lines = ndjson(posted.body, content_type, events_max=posted.events_max)
     field = posted.field
     if posted.device is None and not posted.field_given:
         field = device_field(lines, content_type, field)

@@ -26,6 +26,7 @@ _SAYS_WHAT = (
     b"brokerproperties",
     b"content-type",
     b"content-encoding",
+    b"ce-",
 )
 
 

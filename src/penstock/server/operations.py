@@ -123,7 +123,8 @@ _BATCH: Final = (
 _BATCH_TEXT: Final = (
     "The answer comes when the events are on disk. Events that cannot be taken are listed in `rejected`, the others of the batch are "
     "stored. Up to 10,000 events, 1 MiB as sent and 16 MiB unzipped, unless set otherwise. A header `Penstock-Property-<Name>: value` "
-    "gives each event of the batch a property; chunked bodies are accepted."
+    "gives each event of the batch a property; chunked bodies are accepted. A request with a header `ce-specversion` "
+    "is one CloudEvent in HTTP's binary mode, whatever its Content-Type."
 )
 _BATCH_ERRORS: Final = (
     *(MalformedBody, MalformedGzip, EmptyBatch, NoValidEvent, BodyMismatch, ForbiddenDevice, ProducerFenced),

@@ -24,7 +24,8 @@ from penstock.errors import (
 )
 
 ENCODINGS = ("gzip", "zstd", "identity")
-CLOUDEVENTS = ("application/cloudevents-batch+json", "application/cloudevents+json")
+CLOUDEVENT = "application/cloudevents+json"
+CLOUDEVENTS = ("application/cloudevents-batch+json", CLOUDEVENT)
 TYPES = ("application/x-ndjson", "application/json", *CLOUDEVENTS)
 
 _NDJSON = frozenset(("application/x-ndjson", "application/ndjson", "application/jsonl", ""))
@@ -159,17 +160,22 @@ def ndjson(body: bytes, content_type: str, *, events_max: int = 10_000) -> bytes
     text = body.strip(b" \t\r\n")
     if not text:
         raise EmptyBatch("The body is empty. Nothing was stored.")
-    return _array(text, events_max) if text[:1] == b"[" else _one(text)
+    return _array(text, events_max) if text[:1] == b"[" else json_line(text)
+
+
+def media_type_of(content_type: str) -> str:
+    """In lower case, without parameters. Raises UnsupportedType for a charset that is not UTF-8."""
+    found = _CHARSET.search(content_type)
+    charset = found[1].strip().lower() if found else ""
+    if charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise UnsupportedType(f"The charset {charset!r} is not supported; send UTF-8.", supported=["utf-8"])
+    return content_type.partition(";")[0].strip().lower()
 
 
 @lru_cache(maxsize=64)
 def _is_ndjson(content_type: str) -> bool:
     """Whether it is of NDJSON; else it is of JSON. Raises UnsupportedType for anything else."""
-    media_type = content_type.partition(";")[0].strip().lower()
-    found = _CHARSET.search(content_type)
-    charset = found[1].strip().lower() if found else ""
-    if charset not in ("", "utf-8", "utf8", "us-ascii"):
-        raise UnsupportedType(f"The charset {charset!r} is not supported; send UTF-8.", supported=["utf-8"])
+    media_type = media_type_of(content_type)
     if media_type not in _NDJSON and media_type not in _JSON:
         raise UnsupportedType(
             f"Content-Type {media_type!r} is not supported; send {' or '.join(TYPES)}.", supported=list(TYPES)
@@ -242,7 +248,8 @@ def _has_more(array: bytes, events_max: int) -> bool:
     return False
 
 
-def _one(text: bytes) -> bytes:
+def json_line(text: bytes) -> bytes:
+    """One JSON value as a line. Raises NoValidEvent when it is none."""
     try:
         text.isascii() or text.decode()
         _RAW.decode(text)
