@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from penstock import Client
-from tests.e2e.http_client import Answer, request
+from tests.e2e.http_client import Answer, Connection, head, request
 from tests.e2e.system import System
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -97,6 +97,45 @@ def test_at_three_times_the_units_they_are_held_and_who_waits_gets_in(system: Sy
     status = json.loads(system.check("status", "--json").stdout)
     assert status["throughput"]["throughput_units"] == 2 and status["throughput"]["used_events_per_s"] > 0
     assert (status["ok"], status["warnings"]) == (True, [])
+
+
+class Crowd(Load):
+    """Clients without a producer that send other bytes each time, each on a connection that it keeps.
+
+    The first of them comes from another address, and at once again whatever he is told.
+    """
+
+    def client(self, number: int) -> None:
+        heeds, waited, at = number > 0, False, 1_000_000 * number
+        with Connection(self._system.url, source="" if heeds else "127.0.0.9") as connection:
+            while True:
+                at += 250
+                body = lines(250, at)
+                connection.send(head("POST", "/v1/events", NDJSON | {"Content-Length": str(len(body))}) + body)
+                answer = connection.answer()
+                assert answer is not None and answer.status in (200, 429), answer
+                with self._lock:
+                    self.came_back += waited
+                    self.let_in += waited and answer.status == 200
+                    self.accepted += 250 * (heeds and answer.status == 200)
+                    self.refused += not heeds and answer.status == 429
+                waited = heeds and answer.status == 429
+                wait_s = int(answer.headers["retry-after"]) if waited else 0.0 if heeds else 0.1
+                if time.monotonic() + wait_s > self._end:
+                    return
+                self._never.wait(wait_s)
+
+
+def test_who_waits_on_his_connection_gets_in_whatever_he_sends(system: System) -> None:
+    """Beside one who ignores what he is told, and gains less by it than the others get."""
+    units(system, None)
+    units(system, 2)
+    before, load = sum(system.ends()), Crowd(system, 8.0)
+    with ThreadPoolExecutor(25) as pool:
+        list(pool.map(load.client, range(25)))
+    assert load.came_back >= 20 and load.let_in >= 0.95 * load.came_back, vars(load)
+    his = sum(system.ends()) - before - load.accepted
+    assert load.refused >= 40 and his <= load.accepted / 2, (vars(load), his)
 
 
 def test_a_change_is_in_force_in_every_worker_when_it_is_answered(system: System) -> None:

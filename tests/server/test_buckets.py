@@ -285,22 +285,24 @@ def closed_loop(
     late_s: float,
     sender: Callable[[int, int], Sender] = by_producer,
     anew: bool = False,
+    keeps: bool = False,
 ) -> Run:
     """Clients that send the next batch as soon as one is in, wait for whole seconds as they are told, and come up to `late_s` later.
 
-    `anew`: with other bytes than those that were refused.
+    `anew`: with other bytes than those that were refused; `keeps`: on the same connection.
     """
     chance, seconds = random.Random(7), 60.0
     coming = [(chance.random(), client, False) for client in range(clients)]
     came_back = let_in = 0
     total, lowest, excess = 0.0, math.inf, 0.0
-    sent = [0] * clients
+    sent, waits = [0] * clients, [0] * clients
     while coming[0][0] < seconds:
         now, client, told = heapq.heappop(coming)
-        costs, who = cost(chance, client), sender(client, sent[client])
+        costs, who = cost(chance, client), sender(client, sent[client])._replace(waits=waits[client])
         buckets.sweep(now)
         refused = buckets.early(now, who) or buckets.take(now, who, costs)
         sent[client] += refused is None or anew
+        waits[client] = who.holder if keeps and refused is not None and refused.ticket else 0
         came_back += told
         if refused is None:
             let_in += told
@@ -337,15 +339,30 @@ def test_who_waits_as_long_as_he_was_told_gets_in(load: str, late_s: float) -> N
         assert run.rate > 0.75
 
 
-@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("how", ["the same bytes", "the same connection", "neither"])
 @pytest.mark.parametrize("load", ["few", "large and small"])
-def test_so_does_who_does_not_say_who_he_is(load: str, anew: bool) -> None:
+def test_so_does_who_does_not_say_who_he_is(load: str, how: str) -> None:
     clients, cost = LOADS[load]
-    run = closed_loop(made(), clients, cost, late_s=0.01, sender=by_what_he_sends, anew=anew)
-    # Who sends other bytes than those that were refused is only somebody from the same address.
-    assert run.came_back > 15 and run.let_in >= (0.9 if anew else 0.95) * run.came_back, run
-    assert run.rate > 0.75
-    assert run.excess_s <= SLACK_S + 2.5
+    anew, keeps = how != "the same bytes", how == "the same connection"
+    for late_s in (0.01,) if how == "neither" else (0.01, 1.0):
+        run = closed_loop(made(), clients, cost, late_s=late_s, sender=by_what_he_sends, anew=anew, keeps=keeps)
+        # Who sends other bytes over another connection is only somebody from the same address.
+        assert run.came_back > 15 and run.let_in >= (0.9 if how == "neither" else 0.95) * run.came_back, run
+        assert run.rate > 0.75
+        assert run.excess_s <= SLACK_S + 2.5
+
+
+def test_a_time_that_was_told_on_a_connection_is_nobody_s_before_it_comes() -> None:
+    buckets = made()
+    assert take(buckets, 0.0, 9, 1.0) is None
+    refused = take(buckets, 0.0, ME, once=False)
+    assert refused == Refusal(EVENTS, 1.0, True)
+    here = Sender(OTHER, HERE, waits=ME)
+    assert buckets.take(0.4, here, {EVENTS: 0.5}) == Refusal(EVENTS, 1.4, True), "he ignores it: one more that waits"
+    assert buckets.take(1.5, here._replace(holder=THIRD), {EVENTS: 0.5}) is None
+    assert buckets.tickets == 1, "one is used"
+    assert buckets.take(1.5, here, {EVENTS: 0.5}) is None
+    assert buckets.tickets == 0
 
 
 def beside_a_greedy_one(peer: int, seconds: float = 60.0) -> float:

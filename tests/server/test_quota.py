@@ -21,7 +21,7 @@ from penstock.files import Files
 from penstock.server.app import Router, Where, routes
 from penstock.server.auth import ANYONE
 from penstock.server.buckets import size_of
-from penstock.server.message import Grant, Request, Response, Right
+from penstock.server.message import Grant, Line, Request, Response, Right
 from penstock.server.quota import Quota
 from penstock.server.shared import Shared
 from penstock.server.units import Units, observe, open_buckets, prepare, read_units
@@ -186,6 +186,29 @@ def test_who_names_no_producer_is_known_by_what_it_sends_however_often_it_is_zip
         assert [await post(n, 2) for n in (2, 1)] == [200, 200]
 
     run_intake(act, quota=one.quota)
+
+
+def test_a_place_belongs_to_the_connection_only_with_the_key_that_it_was_given_to(tmp_path: Path) -> None:
+    """A proxy may send the requests of several keys over one connection."""
+    one, line = Installation(tmp_path, 1), Line()
+    batch = Batch("p", 1, 1, 500, (Group(0, 500, b'{"deviceId":"d"}\n' * 500),))
+
+    def post(body: bytes, key: str) -> None:
+        made = Request(b"POST", b"/v1/events", b"", {}, body)
+        made.grant, made.peer, made.line = ANYONE._replace(key=key), "192.0.2.1", line
+        one.quota.charge(made, batch, 100)
+
+    one.charge(1000)
+    assert over(one.charge, 500, who=b"p-2")["retry_after_s"] == 0.5
+    assert over(post, b"a", "k1")["retry_after_s"] == 1.0
+    one.clock.advance(0.6)
+    one.charge(500, who=b"p-2")
+    one.clock.advance(0.4)
+    told = line.whose, line.waits
+    over(post, b"b", "k2")
+    line.whose, line.waits = told
+    post(b"c", "k1")
+    assert line.waits == 0
 
 
 CHARGES = """

@@ -63,11 +63,13 @@ _NOTHING = 1e-9
 
 class Sender(NamedTuple):
     """Whose ticket it is. Who says who he is has one at most. Who does not (`peer` is not 0) is known by what he sends, and others may send
-    the same; if he sends something else the next time, all that is known is where from. `crowd`: on whose credit he waits."""
+    the same; if he sends something else the next time, he is known by his connection, if he still has that one (`waits`: the holder as
+    which he was told there to come back), else only by where he comes from. `crowd`: on whose credit he waits."""
 
     holder: int
     peer: int = 0
     crowd: int = 0
+    waits: int = 0
 
 
 class Refusal(NamedTuple):
@@ -149,7 +151,7 @@ class Buckets:
     def take(self, now: float, sender: Sender, costs: Mapping[int, float]) -> Refusal | None:
         """Take the costs from all buckets, or from none."""
         once = not sender.peer
-        held = self._held(sender.holder, now) if self._whole[_OUT] else []
+        held = self._held_by(sender, now) if self._whole[_OUT] else []
         owed = self._costs(held[0]) if held else []
         claimed = bool(held) and self._due[held[0]] <= now and self._claim(held.pop(0), costs, now)
         if not claimed and (refused := self._refused(now, costs.items())):
@@ -169,7 +171,7 @@ class Buckets:
 
     def early(self, now: float, sender: Sender) -> Refusal | None:
         """The refusal of a batch of which nothing is known but who sends it; None: it has to be looked at."""
-        held = self._held(sender.holder, now)
+        held = self._held_by(sender, now)
         if not held:
             return self._beyond(now)
         first = held[0]
@@ -320,6 +322,13 @@ class Buckets:
                 if paid > now and paid + waiting - BURST_S > now + HORIZON_S:
                     return Refusal(bucket, paid + waiting - BURST_S, False)
         return None
+
+    def _held_by(self, sender: Sender, now: float) -> list[int]:
+        """The sender's tickets; of those that he has by his connection, the ones that are due."""
+        held = self._held(sender.holder, now)
+        if sender.waits in (0, sender.holder) or (held and self._due[held[0]] <= now):
+            return held
+        return [ticket for ticket in self._held(sender.waits, now) if self._due[ticket] <= now] or held
 
     def _held(self, holder: int, now: float) -> list[int]:
         """The holder's tickets, the first that is due before the others; those that are too late are dropped."""

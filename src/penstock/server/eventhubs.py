@@ -277,7 +277,7 @@ def _with_properties(request: Request) -> Request:
     given = Request(
         request.method, request.path, request.query, own | request.headers, request.body, request.keep_alive
     )
-    given.grant, given.peer = request.grant, request.peer
+    given.grant, given.peer, given.line = request.grant, request.peer, request.line
     return given
 
 

@@ -23,7 +23,7 @@ from typing import Protocol, cast
 
 from penstock.errors import HubBusy, PenstockError, RequestTimeout
 from penstock.server import trace
-from penstock.server.message import Admit, Handler, Reply, Request, Response
+from penstock.server.message import Admit, Handler, Line, Reply, Request, Response
 from penstock.server.parser import Arriving, Limits, Parser, draining
 from penstock.server.problems import problem
 
@@ -59,7 +59,18 @@ class Connection(asyncio.Protocol):
     """One client. `_current` is the request that is being handled, `_held` what waits unparsed behind it."""
 
     __slots__ = (
-        *("_arriving_bytes", "_blocked", "_closing", "_current", "_ended", "_held", "_parser", "_paused", "_peer"),
+        *(
+            "_arriving_bytes",
+            "_blocked",
+            "_closing",
+            "_current",
+            "_ended",
+            "_held",
+            "_line",
+            "_parser",
+            "_paused",
+            "_peer",
+        ),
         *("_resting", "_server", "_since", "_stepping", "_transport", "_unsent"),
     )
 
@@ -69,6 +80,7 @@ class Connection(asyncio.Protocol):
         self._parser = Parser(server.limits)
         self._held = b""
         self._peer = ""
+        self._line = Line()
         self._current: Request | None = None
         self._since = server.now
         self._unsent = 0
@@ -184,7 +196,7 @@ class Connection(asyncio.Protocol):
             self._refuse(item if isinstance(item, PenstockError) else self._server.fault(item))
             return
         self._current = item
-        item.peer = self._peer
+        item.peer, item.line = self._peer, self._line
         try:
             self._server.handler(item, self._reply)
         except Exception as error:

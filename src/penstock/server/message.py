@@ -35,13 +35,23 @@ class Grant(NamedTuple):
 NOBODY = Grant(Right.NONE)
 
 
+class Line:
+    """What a connection knows of its last request: whose it was, and under which name it was told a time to come back (quota.py), or 0."""
+
+    __slots__ = ("waits", "whose")
+
+    def __init__(self) -> None:
+        self.whose = self.waits = 0
+
+
 class Request:
     """A request that has arrived whole. `path` and `query` are raw; header names are lower case, repeats joined by `, `.
 
-    `grant` is what its sender may, set before the action of its route is called; `peer` the address it came from, where that is known.
+    `grant` is what its sender may, set before the action of its route is called; `peer` the address it came from, where that is known;
+    `line` is its connection's, where it came over one.
     """
 
-    __slots__ = ("body", "grant", "headers", "keep_alive", "method", "path", "peer", "query")
+    __slots__ = ("body", "grant", "headers", "keep_alive", "line", "method", "path", "peer", "query")
 
     def __init__(
         self,
@@ -60,6 +70,7 @@ class Request:
         self.keep_alive = keep_alive
         self.grant = NOBODY
         self.peer = ""
+        self.line: Line | None = None
 
 
 class Response(NamedTuple):

@@ -5,7 +5,8 @@ the server's stamp and before zip. When units are set, a partition takes 1,000 e
 everything that limits it, or on nothing: when it is known what is in it, and before it is queued for the commit. How, stands in
 buckets.py; what all workers know together lies in the memory of DATA/run/quota.
 
-Who comes back is known by his key and his producer, and where he gives none by his key and what he sends, or where he sends from.
+Who comes back is known by his key and his producer, and where he gives none by his key and what he sends, by his connection, or by where
+he sends from.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Quota:
         finally:
             self._leave()
         if refusal is not None:
+            _note(request, sender, refusal)
             raise self._exceeded(refusal, now, {})
 
     def charge(self, request: Request, batch: Batch, size: int) -> None:
@@ -113,6 +115,7 @@ class Quota:
                 buckets.count_refused(refusal.bucket)
         finally:
             self._leave()
+        _note(request, sender, refusal)
         if refusal is not None:
             raise self._exceeded(refusal, now, devices)
 
@@ -195,7 +198,15 @@ def _sender(request: Request) -> Sender:
     body, size = request.body, len(request.body)
     ends = body[_GZIP_HEAD_BYTES:_SEEN_BYTES], body[max(_GZIP_HEAD_BYTES, size - _SEEN_BYTES) :]
     holder = _name(b"%b\0b%b\0%d\0%b\0%b" % (key, request.path, size, *ends), 0)
-    return Sender(holder, _name(b"%b\0a%b" % (key, request.peer.encode()), 0), crowd)
+    peer, line = _name(b"%b\0a%b" % (key, request.peer.encode()), 0), request.line
+    return Sender(holder, peer, crowd, line.waits if line is not None and line.whose == peer else 0)
+
+
+def _note(request: Request, sender: Sender, refusal: Refusal | None) -> None:
+    """For the next request of the connection, if it comes with the same key: a proxy's may come with another."""
+    if request.line is not None:
+        request.line.whose = sender.peer
+        request.line.waits = sender.holder if refusal is not None and refusal.ticket else 0
 
 
 def _devices(groups: Iterable[Group], field: str) -> Counter[str]:
