@@ -28,11 +28,17 @@ AZURITE := $(shell sed -n 's/^AZURITE = "\(.*\)"/\1/p' tests/emulators.py)
 	@! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix .venv/azurite $(AZURITE) || echo "Azurite cannot be installed." >&2
 	@touch $@
 
+# Likewise a Kafka broker, from Maven Central.
+.venv/.kafka: tests/kafka/pom.xml | $(BIN)/python
+	@! command -v java >/dev/null || ! command -v mvn >/dev/null || { mvn -B -q -f $< dependency:copy-dependencies -DincludeScope=runtime \
+		-DoutputDirectory=$(CURDIR)/.venv/kafka && touch .venv/kafka/.whole; } || echo "Kafka cannot be fetched." >&2
+	@touch $@
+
 run: .venv/.all
 	@exec $(BIN)/penstock up
 
 # In two processes, each module in one of them: most tests wait for others, not for a processor.
-test: .venv/.dev .venv/.azurite
+test: .venv/.dev .venv/.azurite .venv/.kafka
 	$(BIN)/python -m pytest --numprocesses $(or $(PROCESSES),2) --dist loadfile
 
 fmt: .venv/.dev

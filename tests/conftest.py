@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests import emulators
+from tests import emulators, kafka_broker
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 
@@ -45,4 +45,11 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulators.Emul
 def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulators.Emulator]:
     """One S3 for all tests of a run."""
     with emulators.moto(tmp_path_factory.mktemp("moto")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kafka_broker.Cluster]:
+    """One Kafka broker for all tests of a run; each takes a topic of its own."""
+    with kafka_broker.brokers(tmp_path_factory.mktemp("kafka")) as running:
         yield running

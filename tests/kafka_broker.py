@@ -1,0 +1,219 @@
+"""Real Kafka brokers for the tests, from Maven Central: one node, or several with replication; each a process of this machine."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).parent / "kafka"
+_LIB = Path(sys.prefix) / "kafka"
+_START_S, _INSTALL_S = 90.0, 300.0
+_TRIES = 3
+_JAVA = (
+    "java",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    f"-Dlog4j2.configurationFile={_HERE / 'log4j2.properties'}",
+    "-cp",
+    f"{_LIB}/*",
+)
+
+
+class Died(Exception):
+    """A broker ended by itself. Somebody else may have taken its port."""
+
+
+class Node:
+    """One broker, which is a controller too. Its data outlives its process."""
+
+    def __init__(self, number: int, folder: Path, settings: str, port: int) -> None:
+        self.number = number
+        self.address = f"127.0.0.1:{port}"
+        self._folder = folder
+        self._settings = folder / "server.properties"
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir(parents=True)
+        self._settings.write_text(settings)
+
+    def format(self, cluster: str) -> None:
+        done = subprocess.run(
+            [*_JAVA, "kafka.tools.StorageTool", "format", "--cluster-id", cluster, "--config", str(self._settings)],
+            capture_output=True,
+            timeout=_START_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+
+    def start(self) -> None:
+        with (self._folder / "broker.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [*_JAVA[:1], "-Xms256m", "-Xmx256m", *_JAVA[1:], "kafka.Kafka", str(self._settings)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def lives(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def log(self) -> str:
+        return (self._folder / "broker.log").read_text(errors="replace")[-4000:]
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None, "only a started broker gets signals"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        """At once, as kill -9 does; `start` brings it back with its data."""
+        if self._process is not None:
+            self.signal(signal.SIGKILL)
+            self._process.wait(_START_S)
+
+
+class Cluster:
+    """Brokers that run. `servers` is what a client needs."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+        self.servers = ",".join(node.address for node in nodes)
+
+    def fresh_topic(self) -> str:
+        """A name that nobody has used."""
+        return f"penstock-{uuid.uuid4().hex[:12]}"
+
+    def fresh_url(self) -> str:
+        return f"kafka://{self.servers}/{self.fresh_topic()}"
+
+    def wait(self) -> None:
+        """Until every broker takes part. Raises Died."""
+        from confluent_kafka import KafkaException
+        from confluent_kafka.admin import AdminClient
+
+        admin = AdminClient({"bootstrap.servers": self.servers, "log_level": 0})
+        end, tick = time.monotonic() + _START_S, threading.Event()
+        while True:
+            if dead := [node for node in self.nodes if not node.lives]:
+                raise Died(dead[0].log())
+            with contextlib.suppress(KafkaException):
+                if len(admin.list_topics(timeout=1).brokers) == len(self.nodes):
+                    return
+            assert time.monotonic() < end, f"not within {_START_S:.0f} s: {self.nodes[0].log()}"
+            tick.wait(0.1)
+
+
+@contextlib.contextmanager
+def brokers(folder: Path, count: int = 1) -> Iterator[Cluster]:
+    """`count` brokers with their data in `folder`. Skips the test when this machine cannot have them."""
+    pytest.importorskip("confluent_kafka", reason="confluent-kafka is not installed: pip install 'penstock[kafka]'")
+    _install()
+    for attempt in range(_TRIES):
+        cluster = _made(folder / str(attempt), count)
+        try:
+            for node in cluster.nodes:
+                node.start()
+            try:
+                cluster.wait()
+            except Died:
+                if attempt == _TRIES - 1:
+                    raise
+                continue
+            yield cluster
+            return
+        finally:
+            for node in cluster.nodes:
+                node.kill()
+
+
+def _made(folder: Path, count: int) -> Cluster:
+    ports = _free_ports(2 * count)
+    voters = ",".join(f"{number + 1}@127.0.0.1:{ports[count + number]}" for number in range(count))
+    nodes = [
+        Node(
+            number + 1,
+            folder / str(number + 1),
+            _settings(folder / str(number + 1), number + 1, count, ports[number], ports[count + number], voters),
+            ports[number],
+        )
+        for number in range(count)
+    ]
+    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode().replace("-", "_")
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(lambda node: node.format(cluster), nodes))
+    return Cluster(nodes)
+
+
+def _settings(folder: Path, number: int, count: int, port: int, controller: int, voters: str) -> str:
+    replicas = min(count, 3)
+    in_sync = 2 if replicas == 3 else 1
+    return f"""
+process.roles=broker,controller
+node.id={number}
+controller.quorum.voters={voters}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+controller.listener.names=CONTROLLER
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=PLAINTEXT
+log.dirs={folder / "data"}
+auto.create.topics.enable=false
+default.replication.factor={replicas}
+min.insync.replicas={in_sync}
+offsets.topic.replication.factor={replicas}
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor={replicas}
+transaction.state.log.min.isr={in_sync}
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor={replicas}
+share.coordinator.state.topic.min.isr={in_sync}
+share.coordinator.state.topic.num.partitions=1
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=500
+num.network.threads=2
+num.io.threads=4
+log.cleaner.dedupe.buffer.size=16777216
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _install() -> None:
+    if shutil.which("java") is None:
+        pytest.skip("there is no java for a Kafka broker")
+    if (_LIB / ".whole").exists():
+        return
+    if shutil.which("mvn") is None:
+        pytest.skip("there is no mvn to fetch a Kafka broker with")
+    _LIB.mkdir(exist_ok=True)
+    with (_LIB / "lock").open("wb") as lock:  # another test run may do the same
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (_LIB / ".whole").exists():
+            command = ["mvn", "-B", "-q", "-f", str(_HERE / "pom.xml"), "dependency:copy-dependencies"]
+            command += ["-DincludeScope=runtime", f"-DoutputDirectory={_LIB}"]
+            done = subprocess.run(command, capture_output=True, timeout=_INSTALL_S, check=False)
+            if done.returncode:
+                pytest.skip(f"Maven cannot fetch Kafka: {done.stdout.decode(errors='replace')[-500:]}")
+            (_LIB / ".whole").touch()
