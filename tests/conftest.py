@@ -49,7 +49,7 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulators.Emulato
 
 
 @pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kafka_broker.Cluster]:
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kafka_broker.Brokers]:
     """One Kafka broker for all tests of a run; each takes a topic of its own."""
     with kafka_broker.brokers(tmp_path_factory.mktemp("kafka")) as running:
         yield running

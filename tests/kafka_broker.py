@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -17,8 +18,12 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from penstock.hub.kafka_cluster import Cluster
 
 _HERE = Path(__file__).parent / "kafka"
 _LIB = Path(sys.prefix) / "kafka"
@@ -88,12 +93,21 @@ class Node:
             self._process.wait(_START_S)
 
 
-class Cluster:
+class Brokers:
     """Brokers that run. `servers` is what a client needs."""
 
     def __init__(self, nodes: list[Node]) -> None:
         self.nodes = nodes
         self.servers = ",".join(node.address for node in nodes)
+
+    @functools.cached_property
+    def client(self) -> Cluster:
+        """One for all tests. So is its producer, since the first record of each takes half a second."""
+        from penstock.hub.kafka_cluster import Cluster
+
+        client = Cluster(self.servers)
+        client.producer = functools.cache(client.producer)  # type: ignore[method-assign]
+        return client
 
     def fresh_topic(self) -> str:
         """A name that nobody has used."""
@@ -119,30 +133,39 @@ class Cluster:
             tick.wait(0.1)
 
 
+def made_topic(at: Brokers, partitions: int) -> tuple[Cluster, str]:
+    """A topic that nobody has used, and a client of its brokers."""
+    from penstock.hub.kafka_cluster import create
+
+    topic = at.fresh_topic()
+    create(at.client, topic, partitions=partitions, replicas=1, in_sync=1, retention_s=7 * 86_400)
+    return at.client, topic
+
+
 @contextlib.contextmanager
-def brokers(folder: Path, count: int = 1) -> Iterator[Cluster]:
+def brokers(folder: Path, count: int = 1) -> Iterator[Brokers]:
     """`count` brokers with their data in `folder`. Skips the test when this machine cannot have them."""
     pytest.importorskip("confluent_kafka", reason="confluent-kafka is not installed: pip install 'penstock[kafka]'")
     _install()
     for attempt in range(_TRIES):
-        cluster = _made(folder / str(attempt), count)
+        made = _made(folder / str(attempt), count)
         try:
-            for node in cluster.nodes:
+            for node in made.nodes:
                 node.start()
             try:
-                cluster.wait()
+                made.wait()
             except Died:
                 if attempt == _TRIES - 1:
                     raise
                 continue
-            yield cluster
+            yield made
             return
         finally:
-            for node in cluster.nodes:
+            for node in made.nodes:
                 node.kill()
 
 
-def _made(folder: Path, count: int) -> Cluster:
+def _made(folder: Path, count: int) -> Brokers:
     ports = _free_ports(2 * count)
     voters = ",".join(f"{number + 1}@127.0.0.1:{ports[count + number]}" for number in range(count))
     nodes = [
@@ -157,7 +180,7 @@ def _made(folder: Path, count: int) -> Cluster:
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode().replace("-", "_")
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(lambda node: node.format(cluster), nodes))
-    return Cluster(nodes)
+    return Brokers(nodes)
 
 
 def _settings(folder: Path, number: int, count: int, port: int, controller: int, voters: str) -> str:

@@ -43,6 +43,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "time": ("clock",),
     "fcntl": ("files",),
     "lmdb": ("hub",),
+    "confluent_kafka": ("hub",),
     "httptools": ("server",),
     "uvloop": ("server",),
     "asyncio": ("server", "cli"),  # cli/wiring hands the worker's loop to the intake

@@ -98,7 +98,11 @@ class Bounds(msgspec.Struct, frozen=True, gc=False):
 
 
 class Frame(msgspec.Struct, frozen=True, gc=False):
-    """A frame as it lies in the log: `penstock.wire.frame` has `content`, the NDJSON of `body`, and `sources_of` for `sources`."""
+    """A frame as it lies in the log: `penstock.wire.frame` has `content`, the NDJSON of `body`, and `sources_of` for `sources`.
+
+    `place_bits` are those of its hub. `shares` says which of its batch's events each source holds, where the hub keeps no producers
+    (penstock.hub.duplicates).
+    """
 
     kind: FrameKind
     partition: int
@@ -110,9 +114,14 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     body: bytes
     source_count: int = 0
     sources: bytes = b""
+    place_bits: int = 0
+    shares: bytes = b""
 
     @property
     def next(self) -> int:
+        """The sequence number at which the log goes on."""
+        if self.place_bits:
+            return ((self.first >> self.place_bits) + 1) << self.place_bits
         return self.first + self.count
 
     @property

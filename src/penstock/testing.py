@@ -282,7 +282,7 @@ class MemoryHub:
     """A Hub in memory with the semantics of the embedded one: dense numbers, times that never decrease, markers, duplicates."""
 
     def __init__(self, partitions: int = 1, *, clock: Clock | None = None, period_s: int = 3600) -> None:
-        self.id = "0" * 32
+        self.id, self.place_bits = "0" * 32, 0
         self.period_s = period_s
         self._clock = clock or FakeClock()
         self._logs: list[list[Frame]] = [[] for _ in range(partitions)]

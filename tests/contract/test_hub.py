@@ -1,12 +1,15 @@
-"""One suite for every Hub: what `penstock.hub.Hub` and docs/guarantees.md say, checked on each implementation."""
+"""One suite for every Hub: what `penstock.hub.Hub` and docs/guarantees.md say, checked on each implementation.
+
+What a hub leaves to others is said in its `Kind`, and the tests of that run on the others only.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +19,32 @@ from hypothesis import strategies as st
 
 from penstock.errors import NumberReused, NumberTooOld, OffsetBeyondEnd, OffsetTrimmed, ProducerFenced
 from penstock.events import Appended, Batch, Frame, FrameKind, Group
+from penstock.hub.duplicates import Share, shares_of
 from penstock.hub.embedded import EmbeddedHub, create
+from penstock.hub.kafka import KafkaHub
 from penstock.hub.remote import RemoteHub
 from penstock.testing import FakeClock, MemoryHub
 from penstock.wire.frame import content, events, sources_of
 from tests.hub.served import served
+from tests.kafka_broker import Brokers, made_topic
 
 AnyHub = EmbeddedHub | MemoryHub
 PERIOD_S = 60
 START_MS = 1_795_356_000_000  # a whole hour
+
+
+class Kind(NamedTuple):
+    """How a hub is made, and what it does. The tests of what it does not do name that with `hubs_that`."""
+
+    make: Callable[..., AbstractContextManager[AnyHub]]
+    judges: bool = True
+    """It knows the producers: a copy is answered as one, and not stored."""
+    is_dense: bool = True
+    """Sequence numbers count events, and markers take none."""
+    is_timed: bool = True
+    """Its times are those of the clock that it is given."""
+    trims: bool = True
+    """What is old is deleted by its owner."""
 
 
 @contextmanager
@@ -58,7 +78,23 @@ def remote(clock: FakeClock, partitions: int) -> Iterator[AnyHub]:
         yield FarHub(near, far)  # type: ignore[misc]
 
 
-HUBS = {"embedded": embedded, "memory": memory, "remote": remote}
+@contextmanager
+def in_kafka(clock: FakeClock, partitions: int, brokers: Brokers) -> Iterator[AnyHub]:
+    client, topic = made_topic(brokers, partitions)
+    with KafkaHub(client, topic, period_s=PERIOD_S, clock=clock) as hub:
+        yield hub  # type: ignore[misc]
+
+
+HUBS = {
+    "embedded": Kind(embedded),
+    "memory": Kind(memory),
+    "remote": Kind(remote),
+    "kafka": Kind(in_kafka, judges=False, is_dense=False, is_timed=False, trims=False),
+}
+
+
+def hubs_that(what: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("hub", [name for name, kind in HUBS.items() if getattr(kind, what)], indirect=True)
 
 
 @pytest.fixture
@@ -68,8 +104,14 @@ def clock() -> FakeClock:
 
 @pytest.fixture(params=HUBS)
 def hub(request: pytest.FixtureRequest, clock: FakeClock) -> Iterator[AnyHub]:
-    with HUBS[request.param](clock, 3) as made:
+    brokers = [request.getfixturevalue("kafka")] if request.param == "kafka" else []
+    with HUBS[request.param].make(clock, 3, *brokers) as made:
         yield made
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return HUBS[request.node.callspec.params["hub"]]
 
 
 def group(partition: int, lines: list[bytes]) -> Group:
@@ -99,7 +141,7 @@ def read_all(hub: AnyHub, partition: int, start: int | None = None, bytes_max: i
 
     A marker at the end comes with the last events, or with a read at the end, or with both.
     """
-    offset = str(hub.bounds(partition).first if start is None else start)
+    offset = str(hub.bounds(partition).first >> hub.place_bits if start is None else start)
     frames: list[Frame] = []
     while True:
         found = hub.read(partition, offset, bytes_max=bytes_max)
@@ -125,7 +167,6 @@ def test_an_empty_hub(hub: AnyHub) -> None:
         bounds = hub.bounds(partition)
         assert (bounds.first, bounds.next) == (0, 0)
         assert hub.locate(partition, 0) == "0"
-        hub.trim(partition, before="0")
         with pytest.raises(OffsetBeyondEnd) as beyond:
             hub.read(partition, "1", bytes_max=1000)
         assert beyond.value.fields == {"end": "0"}
@@ -135,7 +176,6 @@ def test_events_come_back_in_order_with_their_sources(hub: AnyHub, clock: FakeCl
     first = batch(1, {0: lines_of("a", 3), 2: lines_of("b", 2)})
     large = batch(1, {0: lines_of("c", 90, 100)}, producer="q")
     assert hub.append([first, large]) == [Appended(5, False), Appended(90, False)]
-    clock.advance(1)
     hub.append([batch(2, {0: lines_of("d", 1)})])
     assert stored(hub, 0) == lines_of("a", 3) + lines_of("c", 90, 100) + lines_of("d", 1)
     assert stored(hub, 1) == []
@@ -143,12 +183,33 @@ def test_events_come_back_in_order_with_their_sources(hub: AnyHub, clock: FakeCl
     frames = read_all(hub, 0)
     assert [source.producer for frame in frames for source in sources_of(frame)] == ["p", "q", "p"]
     assert [source.sha256 for frame in frames for source in sources_of(frame)][:2] == [first.sha256, large.sha256]
+
+
+def test_an_event_is_found_again_by_its_offset(hub: AnyHub) -> None:
+    hub.append([batch(1, {0: lines_of("a", 3)}), batch(1, {0: lines_of("b", 90, 100)}, producer="q")])
+    hub.append([batch(2, {0: lines_of("c", 2)})])
+    every = list(events(hub.read(0, "0", bytes_max=1 << 20)))
+    numbers = [event.sequence_number for event in every]
+    assert numbers == sorted(set(numbers))
+    for event in every:
+        found = next(events(hub.read(0, event.offset, bytes_max=1)))
+        assert found.sequence_number == int(event.offset) << hub.place_bits <= event.sequence_number
+    assert every[-1].sequence_number < hub.bounds(0).next
+
+
+@hubs_that("is_dense")
+def test_times_and_numbers_of_events(hub: AnyHub, clock: FakeClock) -> None:
+    hub.append([batch(1, {0: lines_of("a", 93)})])
+    clock.advance(1)
+    hub.append([batch(2, {0: lines_of("d", 1)})])
+    frames = read_all(hub, 0)
     assert frames[0].enqueued_at_ms == START_MS
     assert frames[-1].enqueued_at_ms == START_MS + 1000
     found = hub.read(0, "92", bytes_max=1 << 20)
     assert [event.sequence_number for event in events(found)] == [92, 93]
 
 
+@hubs_that("is_dense")
 def test_numbers_are_dense_and_times_never_decrease(hub: AnyHub, clock: FakeClock) -> None:
     times: list[int] = []
     for sequence in range(1, 12):
@@ -181,6 +242,7 @@ ROWS: list[tuple[str, list[Batch], list[object]]] = [
 ]  # fmt: skip
 
 
+@hubs_that("judges")
 @pytest.mark.parametrize("together", [True, False], ids=["one append", "one append each"])
 @pytest.mark.parametrize(("batches", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_the_producers_table(hub: AnyHub, batches: list[Batch], expected: list[object], together: bool) -> None:
@@ -199,6 +261,7 @@ def test_the_producers_table(hub: AnyHub, batches: list[Batch], expected: list[o
     assert hub.bounds(0).next == 7 + count
 
 
+@hubs_that("judges")
 def test_the_last_five_are_known_and_no_more(hub: AnyHub) -> None:
     sent = [batch(n, {n % 3: lines_of(str(n), n)}) for n in range(1, 9)]
     hub.append(sent)
@@ -215,15 +278,41 @@ def test_batches_without_a_number_are_always_stored(hub: AnyHub) -> None:
     one = Batch("w-1", 0, 1, 1, (group(0, [b"{}"]),))
     assert hub.append([one, one]) == [Appended(1, False)] * 2
     assert hub.append([one]) == [Appended(1, False)]
-    assert hub.bounds(0).next == 3
+    assert len(stored(hub, 0)) == 3
 
 
-def test_markers_stand_only_behind_events(hub: AnyHub, clock: FakeClock) -> None:
+def test_a_copy_is_in_the_log_once_or_each_is_marked_as_what_it_is(hub: AnyHub, kind: Kind) -> None:
+    """Where the hub keeps no producers, the copy carries all that its readers need to know it by."""
+    one = batch(1, {0: lines_of("a", 3)})
+    answers = [*hub.append([one]), *hub.append([one])]
+    frames = read_all(hub, 0)
+    if kind.judges:
+        assert answers == [Appended(3, False), Appended(3, True)]
+        assert len(frames) == 1
+    else:
+        assert answers == [Appended(3, False)] * 2
+        first, copy = (list(shares_of(frame)) for frame in frames)
+        assert first == copy == [(sources_of(frames[0])[0], Share(0, 3))]
+
+
+def test_cut_markers_stand_only_behind_events(hub: AnyHub, kind: Kind) -> None:
     hub.append([batch(1, {0: [b"{}"]})])
     assert hub.cut() == ["1", "0", "0"]
     assert hub.cut() == ["1", "0", "0"]
     assert [frame.kind for frame in read_all(hub, 0)] == [FrameKind.PLAIN, FrameKind.CUT_MARKER]
     assert read_all(hub, 1) == []
+    hub.append([batch(2, {0: [b"{}"], 1: [b"{}"]})])
+    following = "2" if kind.is_dense else "3"
+    assert hub.cut() == [following, "1", "0"]
+    kinds = [FrameKind.PLAIN, FrameKind.CUT_MARKER]
+    assert [frame.kind for frame in read_all(hub, 0)] == kinds * 2
+    assert [frame.kind for frame in read_all(hub, 1)] == kinds
+
+
+@hubs_that("is_timed")
+def test_markers_stand_only_behind_events(hub: AnyHub, clock: FakeClock) -> None:
+    hub.append([batch(1, {0: [b"{}"]})])
+    hub.cut()
     hub.append([batch(2, {0: [b"{}"], 1: [b"{}"]})])
     hub.maintain()
     assert [frame.kind for frame in read_all(hub, 1)] == [FrameKind.PLAIN]
@@ -240,6 +329,7 @@ def test_markers_stand_only_behind_events(hub: AnyHub, clock: FakeClock) -> None
     assert [frame.kind for frame in read_all(hub, 0)] == kinds
 
 
+@hubs_that("is_timed")
 def test_an_idle_partition_gets_its_time_marker_although_others_are_busy(hub: AnyHub, clock: FakeClock) -> None:
     """What a busy partition writes first in a period must not hide that another's file has to be closed."""
     hub.append([batch(1, {0: [b"{}"], 1: [b"{}"]})])
@@ -250,6 +340,7 @@ def test_an_idle_partition_gets_its_time_marker_although_others_are_busy(hub: An
     assert [frame.kind for frame in read_all(hub, 0)] == [FrameKind.PLAIN, FrameKind.PLAIN]
 
 
+@hubs_that("is_timed")
 def test_nothing_is_enqueued_before_what_bounds_said(hub: AnyHub, clock: FakeClock) -> None:
     clock.advance(PERIOD_S)
     hub.maintain()
@@ -271,7 +362,9 @@ def test_a_read_is_bounded_and_never_stuck(hub: AnyHub) -> None:
     assert sum(len(frame.body) for frame in hub.read(0, "0", bytes_max=2000).frames) <= 2000
 
 
+@hubs_that("trims")
 def test_trim_drops_whole_frames_and_never_passes_before(hub: AnyHub) -> None:
+    hub.trim(0, before="0")
     for sequence in range(1, 6):
         hub.append([batch(sequence, {0: lines_of(str(sequence), 10)})])
     hub.cut()
@@ -349,7 +442,7 @@ operations = st.one_of(
 @given(ops=st.lists(operations, max_size=14))
 def test_against_a_model(kind: str, ops: list[tuple[str, Any]]) -> None:
     clock, model, sequence = FakeClock(START_MS), Model(), itertools.count(1)
-    with HUBS[kind](clock, 2) as hub:
+    with HUBS[kind].make(clock, 2) as hub:
         for name, what in ops:
             act(hub, clock, model, sequence, name, what)
         for partition in range(2):

@@ -1,7 +1,12 @@
 """The hub: the service's durable, partitioned log. This is its whole contract.
 
 `Hub` is what everyone may do with it: read. `WholeHub` is what its owner may do too, the API workers: append, mark, delete.
-`embedded.py` keeps it in LMDB, `remote.py` reads one through the API of another process.
+`embedded.py` keeps it in LMDB, `kafka.py` in a topic, `remote.py` reads one through the API of another process.
+
+Offsets are opaque strings; those of one partition compare as numbers. An event's sequence number is the offset of the record that it
+lies in, times 2 to the power of `place_bits`, plus its place in it. In the embedded hub these bits are 0 and an event is as good as a
+record: offset and sequence number are the same, and dense. On Kafka they are 20, since the brokers number records: sequence numbers
+have gaps, and whoever wants to know how many events lie between two of them must read them.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ Refused = NumberReused | NumberTooOld | ProducerFenced
 
 
 class Hub(Protocol):
-    """The reading half. Thread-safe. Offsets are opaque strings; sequence numbers are whole numbers that grow in a partition.
+    """The reading half. Thread-safe.
 
     A hub that is reached over a network raises HubUnavailable from any of these when it does not answer.
     """
@@ -31,6 +36,11 @@ class Hub(Protocol):
         """The archive's period in seconds, fixed at creation."""
         ...
 
+    @property
+    def place_bits(self) -> int:
+        """`sequence number == int(offset) << place_bits`, where a record begins."""
+        ...
+
     def partitions(self) -> int:
         """How many partitions there are: fixed at creation, numbered from 0."""
         ...
@@ -43,16 +53,19 @@ class Hub(Protocol):
         ...
 
     def bounds(self, partition: int) -> Bounds:
-        """First and next sequence number, bytes, times."""
+        """First and next sequence number, bytes (0 where the hub does not know), times."""
         ...
 
     def locate(self, partition: int, at_ms: int) -> str:
-        """Offset of the first frame or marker enqueued at or after `at_ms`; the end of the log if there is none."""
+        """Offset of the first frame or marker enqueued at or after `at_ms`; the end of the log if there is none.
+
+        Where markers take offsets: of the first of the markers directly before it. So it is where a file of the time before ends.
+        """
         ...
 
 
 class WholeHub(Hub, Protocol):
-    """Both halves."""
+    """Both halves. How what is old gets deleted is each hub's own affair."""
 
     def append(self, batches: Sequence[Batch]) -> Sequence[Appended | Refused]:
         """Commit batches together; must not return before they are durable.
@@ -60,13 +73,12 @@ class WholeHub(Hub, Protocol):
         One answer for each batch in the same order: `Appended`, or the refusal of its producer number. A batch is stored
         whole or not at all; a known one is answered as a duplicate. Raises NotConfirmed (StorageFull, HubUnavailable) or
         HubBroken, and then no batch of the call counts as stored.
+
+        On Kafka a failure can leave the first of a batch's events in a partition, which the retry completes; a copy is stored again
+        and answered as new, and readers leave it out (penstock.hub.duplicates).
         """
         ...
 
     def cut(self) -> Sequence[str]:
-        """Put a cut marker into every partition that has an open file; the end offset of each partition afterwards."""
-        ...
-
-    def trim(self, partition: int, *, before: str) -> None:
-        """Drop whole frames that end at or before offset `before`. Never moves the end."""
+        """Put a cut marker into every partition that has an open file; the offset behind the last event of each partition."""
         ...

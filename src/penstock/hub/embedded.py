@@ -138,6 +138,10 @@ class EmbeddedHub:
     def period_s(self) -> int:
         return self._meta.period_s
 
+    @property
+    def place_bits(self) -> int:
+        return 0
+
     def partitions(self) -> int:
         return self._meta.partitions
 
@@ -203,7 +207,7 @@ class EmbeddedHub:
         return ends
 
     def trim(self, partition: int, *, before: str) -> None:
-        """Deletes in small transactions, so that intake waits for none of them long."""
+        """Drop whole frames that end at or before offset `before`, in small transactions, so that intake waits for none of them long."""
         limit = self._number(before)
         database = self._database(partition)
         while True:

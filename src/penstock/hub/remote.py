@@ -60,6 +60,7 @@ class _Partitions(msgspec.Struct, frozen=True):
     hub: str
     period_s: int
     partitions: list[_Partition]
+    place_bits: int = 0
 
 
 class _Offset(msgspec.Struct, frozen=True):
@@ -94,6 +95,10 @@ class RemoteHub:
         with contextlib.ExitStack() as failed:
             failed.callback(self.close)
             about = self._get("/v1/partitions", JSON, {}, lambda a: msgspec.json.decode(a.body, type=_Partitions))
+            if about.place_bits:
+                raise SettingsError(
+                    f"The hub of {self._where} is a Kafka topic: give its address, kafka://HOST:PORT/TOPIC, instead."
+                )
             failed.pop_all()
         self._id, self._period_s, self._count = about.hub, about.period_s, len(about.partitions)
 
@@ -124,6 +129,10 @@ class RemoteHub:
     @property
     def period_s(self) -> int:
         return self._period_s
+
+    @property
+    def place_bits(self) -> int:
+        return 0
 
     def partitions(self) -> int:
         return self._count

@@ -47,7 +47,7 @@ class Draft(msgspec.Struct, frozen=True, gc=False):
 def drafts(batches: Sequence[Batch], *, frame_bytes_max: int) -> list[Draft]:
     """The frames of these batches; in each partition the events are in the order of the batches.
 
-    A frame holds at most `frame_bytes_max` of NDJSON, unless a group alone is larger.
+    A frame holds at most `frame_bytes_max` of NDJSON and sources, unless a group alone is larger.
     """
     origins = [pack_origin(b.producer, b.epoch, b.sequence, b.sha256, b.properties, b.device_field) for b in batches]
     waiting: dict[int, list[tuple[int, Group]]] = {}
@@ -55,7 +55,7 @@ def drafts(batches: Sequence[Batch], *, frame_bytes_max: int) -> list[Draft]:
     made: list[Draft] = []
     for index, batch in enumerate(batches):
         for group in batch.groups:
-            partition, size = group.partition, len(group.content)
+            partition, size = group.partition, len(group.content) + len(origins[index])
             run = waiting.get(partition)
             if run is None:
                 waiting[partition] = [(index, group)]

@@ -261,8 +261,9 @@ def _device(line: bytes, field: str) -> str:
 
 def events(read: Slice) -> Iterator[Event]:
     """The events of a slice, from its offset on. Raises FrameDamaged."""
-    start = int(read.offset)
     for frame in read.frames:
+        bits = frame.place_bits
+        start = int(read.offset) << bits
         if frame.next <= start:
             continue
         lines = content(frame).split(b"\n")
@@ -278,6 +279,6 @@ def events(read: Slice) -> Iterator[Event]:
             number = frame.first + end - len(wanted)
             properties = source.properties
             for line, device in zip(wanted, _devices(wanted, source.device_field), strict=True):
-                yield Event(device, line, number, str(number), at_ms, properties)
+                yield Event(device, line, number, str(number >> bits), at_ms, properties)
                 number += 1
             begin = end

@@ -1,0 +1,270 @@
+"""A hub in a Kafka topic: partitions are the topic's, a record is a frame or marker, and the brokers keep and delete (docs/kafka.md).
+
+Where the embedded hub decides inside its write transaction, here the brokers do, or readers:
+
+- *offsets* are the brokers'; a frame's first sequence number is its offset × 2^20, whatever its header says, which is 0 there;
+- *times* are the brokers' LogAppendTime, never a writer's. A new leader's clock may be behind the last one's, so they are clamped while
+  they are read. What was read before a reader began is not known to it: the archiver clamps again, from its ledger (archive/cut.py);
+- *durable* is what all in-sync replicas have. A batch is in the topic when each of its frames is; a failure can leave some of them,
+  of each partition those from its first on, because they are sent one after the other;
+- *producers' numbers* are judged by readers (hub/duplicates.py): writers hold no state, so there may be any number of them.
+
+The topic's own id is the hub's: a topic that is deleted and made again is another hub. The period is fixed in the archive's store, where
+it is written down with the number of partitions; a topic to which partitions were added has moved its devices, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple, Self
+
+import msgspec
+from confluent_kafka import KafkaException, Message, TopicPartition
+from confluent_kafka.admin import ListOffsetsResultInfo, OffsetSpec
+
+from penstock.clock import Clock
+from penstock.errors import FrameDamaged, HubError, NotFound, SettingsError
+from penstock.events import Appended, Batch, Bounds, Frame, FrameKind, Slice
+from penstock.hub import Refused
+from penstock.hub.duplicates import Share, pack_shares
+from penstock.hub.kafka_cluster import Cluster, unavailable
+from penstock.hub.kafka_reading import Readers
+from penstock.hub.kafka_writing import SHARES, Outgoing, Writer
+from penstock.wire import frame
+from penstock.wire.draft import Draft, drafts
+from penstock.wire.frame import FRAME_BYTES_MAX
+
+PLACE_BITS: Final = 20
+"""A frame has fewer events: 256 KiB of lines, or one batch's."""
+CLOCKS_APART_MS: Final = 60_000
+"""For so long after a period's end a broker may still write into it, by a clock that is behind ours."""
+_LOOK_BACK: Final = 8
+_LOOK_BYTES: Final = 1 << 20
+
+
+class _Tail(NamedTuple):
+    """The end of a partition: `next` is the offset behind its last event (where the log begins, if it has none), then come `markers`."""
+
+    next: int
+    has_events: bool
+    markers: list[Frame]
+
+
+class KafkaHub:
+    """The hub in `topic`. Thread-safe. Made after the fork of its process. Raises SettingsError when the topic is not there."""
+
+    def __init__(
+        self, cluster: Cluster, topic: str, *, period_s: int, clock: Clock, frame_bytes_max: int = FRAME_BYTES_MAX
+    ) -> None:
+        found = cluster.describe(topic)
+        if found is None:
+            raise SettingsError(f"There is no topic {topic} at {cluster.servers}: `penstock api` makes it.")
+        self._cluster = cluster
+        self._topic = topic
+        self._id, self._count = found.id, found.partitions
+        self._period_s = period_s
+        self._clock = clock
+        self._frame_bytes_max = frame_bytes_max
+        self._readers = Readers(cluster, topic)
+        self._writer = Writer(cluster, topic)
+        self._floors: dict[int, tuple[int, int]] = {}
+        self._settled: dict[int, int] = {}
+        self._closed_at: dict[int, int] = {}
+        self._marks_from_ms = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No other call may be running."""
+        self._readers.close()
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    @property
+    def period_s(self) -> int:
+        return self._period_s
+
+    @property
+    def place_bits(self) -> int:
+        return PLACE_BITS
+
+    def partitions(self) -> int:
+        return self._count
+
+    def append(self, batches: Sequence[Batch]) -> Sequence[Appended | Refused]:
+        records: dict[int, list[Outgoing]] = {}
+        done: dict[tuple[int, int], int] = {}
+        for draft in drafts(batches, frame_bytes_max=self._frame_bytes_max):
+            shares = pack_shares(_shares(draft, batches, done))
+            records.setdefault(draft.partition, []).append(Outgoing(draft.placed(0, 0), shares))
+        self._writer.write(records)
+        return [Appended(batch.accepted, duplicate=False) for batch in batches]
+
+    def read(self, partition: int, offset: str, *, bytes_max: int) -> Slice:
+        start = self._number(partition, offset)
+        found = self._readers.read(partition, start, bytes_max=bytes_max)
+        frames: list[Frame] = []
+        reached = found.next
+        for message in found.records:
+            try:
+                frames.append(self._frame(message))
+            except FrameDamaged:
+                if not frames:
+                    raise
+                reached = message.offset() or 0  # what is before it is good; the next read says what is wrong
+                break
+        return Slice(partition, offset, frames, str(reached), str(found.end))
+
+    def bounds(self, partition: int) -> Bounds:
+        self._number(partition, "0")
+        first = self._offsets([partition], OffsetSpec.earliest())[partition].offset
+        following = self._offsets([partition], OffsetSpec.latest())[partition].offset
+        oldest = self._offsets([partition], OffsetSpec.for_timestamp(0))[partition].timestamp
+        newest = self._offsets([partition], OffsetSpec.max_timestamp())[partition].timestamp
+        return Bounds(first << PLACE_BITS, following << PLACE_BITS, 0, max(0, oldest), max(0, newest))
+
+    def locate(self, partition: int, at_ms: int) -> str:
+        self._number(partition, "0")
+        found = self._offsets([partition], OffsetSpec.for_timestamp(max(0, at_ms)))[partition].offset
+        if found < 0:
+            found = self._offsets([partition], OffsetSpec.latest())[partition].offset
+        return str(self._tail(partition, found).next)
+
+    def cut(self) -> Sequence[str]:
+        tails = [self._tail(partition) for partition in range(self._count)]
+        self._mark([p for p, tail in enumerate(tails) if self._is_open(p, tail)], FrameKind.CUT_MARKER)
+        return [str(tail.next) for tail in tails]
+
+    def maintain(self) -> None:
+        """Once a second or so: time markers into partitions whose last events are of an earlier period.
+
+        Ours is the clock that says when to look, the brokers' are those that count: a marker that they date into the period that it
+        was to close closes nothing, and is written again when they should be there. All API workers do this, in any number.
+        """
+        now_ms = self._clock.now_ms()
+        since_ms = now_ms - now_ms % (self._period_s * 1000)
+        unsettled = [p for p in range(self._count) if self._settled.get(p, -1) < since_ms]
+        if not unsettled or now_ms < self._marks_from_ms:
+            return
+        ends = self._offsets(unsettled, OffsetSpec.latest())
+        due: list[int] = []
+        for partition, found in self._offsets(unsettled, OffsetSpec.for_timestamp(since_ms)).items():
+            if found.offset >= 0:
+                self._settled[partition] = since_ms  # whatever is there closes the file of the time before
+            elif self._may_be_open(partition, ends[partition].offset):
+                due.append(partition)
+            elif now_ms - since_ms >= CLOCKS_APART_MS:
+                self._settled[partition] = since_ms
+        if due:
+            behind_ms = since_ms - self._mark(due, FrameKind.TIME_MARKER)
+            self._marks_from_ms = now_ms + behind_ms if behind_ms > 0 else 0
+
+    def _mark(self, partitions: Sequence[int], kind: FrameKind) -> int:
+        """Markers into these partitions; their latest time."""
+        return self._writer.write(
+            {
+                partition: [Outgoing(frame.pack(kind, partition, 0, 0, 0, 0, 0, 0, b"", 0, b""))]
+                for partition in partitions
+            }
+        )
+
+    def _may_be_open(self, partition: int, end: int) -> bool:
+        """`_is_open`, asked once for each end of the log at which nothing was."""
+        if self._closed_at.get(partition) == end:
+            return False
+        if self._is_open(partition, self._tail(partition, end)):
+            return True
+        self._closed_at[partition] = end
+        return False
+
+    def _is_open(self, partition: int, tail: _Tail) -> bool:
+        """Whether a file may be open there: events, and no marker behind them that has closed it."""
+        if not tail.has_events or any(marker.kind is FrameKind.CUT_MARKER for marker in tail.markers):
+            return False
+        if not tail.markers:
+            return True
+        newest_ms = max(marker.enqueued_at_ms for marker in tail.markers)
+        since_ms = newest_ms - newest_ms % (self._period_s * 1000)
+        # Closed if no event is of the newest marker's period, not even clamped: nothing of that period lies before them.
+        return self._offsets([partition], OffsetSpec.for_timestamp(since_ms))[partition].offset < tail.next
+
+    def _tail(self, partition: int, before: int | None = None) -> _Tail:
+        """The end of the log, or what lies just before an offset."""
+        if before is None:
+            before = self._offsets([partition], OffsetSpec.latest())[partition].offset
+        first = self._offsets([partition], OffsetSpec.earliest())[partition].offset
+        back = _LOOK_BACK
+        while True:
+            start = max(first, before - back)
+            frames = list(self._between(partition, start, before))
+            events = [index for index, each in enumerate(frames) if not each.is_marker]
+            if events or start == first:
+                last = events[-1] if events else -1
+                following = frames[last].next >> PLACE_BITS if events else first
+                return _Tail(following, bool(events), frames[last + 1 :])
+            back *= 8
+
+    def _between(self, partition: int, start: int, end: int) -> Iterator[Frame]:
+        while start < end:
+            found = self._readers.read(partition, start, bytes_max=_LOOK_BYTES)
+            for message in found.records:
+                if (message.offset() or 0) < end:
+                    yield self._frame(message)
+            start = found.next
+
+    def _frame(self, message: Message) -> Frame:
+        """A record. Its time is never before that of a record which this process has read before it."""
+        partition, offset = message.partition() or 0, message.offset() or 0
+        found = frame.decode(message.value() or b"", where=f"{partition}/{offset}")
+        if found.partition != partition:
+            raise FrameDamaged(
+                f"The record at {partition}/{offset} is a frame of partition {found.partition}.",
+                where=f"{partition}/{offset}",
+            )
+        since, floor_ms = self._floors.get(partition, (0, 0))
+        at_ms = message.timestamp()[1]
+        if offset >= since:
+            at_ms = max(at_ms, floor_ms)
+            self._floors[partition] = (offset, at_ms)
+        shares = dict(message.headers() or ()).get(SHARES)
+        return msgspec.structs.replace(
+            found,
+            first=offset << PLACE_BITS,
+            enqueued_at_ms=at_ms,
+            place_bits=PLACE_BITS,
+            shares=shares if isinstance(shares, bytes) else b"",
+        )
+
+    def _offsets(self, partitions: Sequence[int], which: OffsetSpec) -> Mapping[int, ListOffsetsResultInfo]:
+        """Where it is in each partition; an offset of -1: nowhere."""
+        ask = {TopicPartition(self._topic, partition): which for partition in partitions}
+        try:
+            found = self._cluster.answers(
+                lambda: self._cluster.admin.list_offsets(ask, request_timeout=self._cluster.answer_s)
+            )
+        except KafkaException as error:
+            raise unavailable(self._cluster.servers, error) from error
+        return {place.partition: info for place, info in found.items()}
+
+    def _number(self, partition: int, offset: str) -> int:
+        if not 0 <= partition < self._count:
+            raise NotFound(f"There is no partition {partition}; this hub has 0 to {self._count - 1}.")
+        if not (offset.isascii() and offset.isdigit() and len(offset) < 20):
+            raise HubError(f"{offset!r} is not an offset of this hub.")
+        return int(offset)
+
+
+def _shares(draft: Draft, batches: Sequence[Batch], done: dict[tuple[int, int], int]) -> Iterator[Share]:
+    """For each source of the draft. `done`: events of each batch and partition in the drafts before."""
+    for index, count in draft.members:
+        key = index, draft.partition
+        start = done.get(key, 0)
+        whole = sum(group.count for group in batches[index].groups if group.partition == draft.partition)
+        done[key] = start + count
+        yield Share(start, whole)

@@ -1,0 +1,259 @@
+"""A Kafka cluster as this process reaches it: its address, its clients, what their errors mean, and the topic that is a hub.
+
+The clients are librdkafka's and have threads: a `Cluster` is made after the fork of its process. What the settings are for is said
+beside them; where they were measured: docs/kafka.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Final, NamedTuple, TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection
+from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, NewTopic, TopicDescription
+
+from penstock.clock import Clock, SystemClock
+from penstock.errors import HubUnavailable, SettingsError
+
+DELIVERY_S: Final = 8.0
+"""A record that is not acknowledged within this is given up, and its batches are answered 503: longer than a leader's election."""
+ANSWER_S: Final = 5.0
+PATIENCE_S: Final = 5.0
+RETRY_S: Final = 0.1
+RETRY_AFTER_S: Final = 2.0
+RECORD_BYTES_MIN: Final = 1_000_000
+"""What the topic must take: a frame with its sources is smaller. Azure Event Hubs takes 1 MiB."""
+
+_ADDRESS = re.compile(r"kafka://([A-Za-z0-9._:\[\],-]+)/([A-Za-z0-9._-]{1,249})")
+_SERVER = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
+# Whoever asks again gets the same answer.
+_FINAL = frozenset(
+    (
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError.TOPIC_ALREADY_EXISTS,
+        KafkaError.TOPIC_EXCEPTION,
+        KafkaError.INVALID_PARTITIONS,
+        KafkaError.INVALID_REPLICATION_FACTOR,
+        KafkaError.INVALID_CONFIG,
+        KafkaError.POLICY_VIOLATION,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    )
+)
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Address(NamedTuple):
+    """`kafka://HOST:PORT[,HOST:PORT]/TOPIC`."""
+
+    servers: str
+    topic: str
+
+    def __str__(self) -> str:
+        return f"kafka://{self.servers}/{self.topic}"
+
+
+def parse_url(url: str) -> Address:
+    """Raises SettingsError."""
+    match = _ADDRESS.fullmatch(url)
+    if match is None or not all(_SERVER.fullmatch(server) for server in match[1].split(",")):
+        raise SettingsError(f"{url} is not an address of the form kafka://HOST:PORT[,HOST:PORT]/TOPIC.")
+    return Address(match[1], match[2])
+
+
+class Topic(NamedTuple):
+    """A topic as the brokers describe it. `id` is new when it is created again: the hub's identity."""
+
+    id: str
+    partitions: int
+    replicas: int
+
+
+class Cluster:
+    """Makes clients, asks the brokers. Thread-safe. `delivery_s`: a record's time to be acknowledged; `answer_s`: any other answer's."""
+
+    def __init__(
+        self, servers: str, *, delivery_s: float = DELIVERY_S, answer_s: float = ANSWER_S, clock: Clock | None = None
+    ) -> None:
+        self.servers = servers
+        self.clock = clock or SystemClock()
+        self.answer_s = answer_s
+        self._delivery_s = delivery_s
+        self._never = threading.Event()
+        self._shared: dict[str, str | int | float | bool] = {
+            "bootstrap.servers": servers,
+            "client.id": "penstock",
+            "log_level": 0,  # what matters is raised; without a broker there would be 20 lines a second
+            "reconnect.backoff.ms": 50,
+            "reconnect.backoff.max.ms": 1000,
+        }
+        self.admin = AdminClient(self._shared)
+
+    def producer(self) -> Producer:
+        """One that loses and doubles nothing while it lives: every in-sync replica, idempotent. Its first record costs half a second."""
+        return Producer(
+            self._shared
+            | {
+                "acks": "all",
+                "enable.idempotence": True,
+                "linger.ms": 0,  # frames are batches already, and zipped
+                "compression.type": "none",
+                "message.timeout.ms": int(self._delivery_s * 1000),
+                "request.timeout.ms": max(1000, int(self._delivery_s * 500)),
+                "retry.backoff.ms": 20,
+                "retry.backoff.max.ms": 500,
+                "topic.metadata.propagation.max.ms": 500,  # a deleted topic is said at once
+            }
+        )
+
+    def consumer(self) -> Consumer:
+        """One for `assign`: it is in no group, and where it reads is for our leases to say."""
+        return Consumer(
+            self._shared
+            | {
+                "group.id": "penstock",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "error",  # never skip
+                "enable.partition.eof": True,
+                "isolation.level": "read_uncommitted",  # the end is then the high watermark, whatever others do
+                "fetch.wait.max.ms": 5,  # going elsewhere waits for the fetch before; nobody fetches at the end of a log
+                "queued.min.messages": 1000,
+                "queued.max.messages.kbytes": 2048,  # of each partition that is read
+            }
+        )
+
+    def answers(self, ask: Callable[[], Mapping[K, Future[V]]]) -> dict[K, V]:
+        """What the brokers answer; asked again while they change places. Raises HubUnavailable, and KafkaException when that is final."""
+        until = self.clock.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return {key: future.result(self.answer_s) for key, future in ask().items()}
+            except KafkaException as error:
+                if code_of(error) in _FINAL:
+                    raise
+                if self.clock.monotonic() >= until:
+                    raise unavailable(self.servers, error) from error
+            except TimeoutError as error:
+                raise unavailable(self.servers, error) from error
+            self.clock.wait(self._never, RETRY_S)
+
+    def describe(self, topic: str) -> Topic | None:
+        """None if there is no such topic. Raises HubUnavailable."""
+        try:
+            found = self.answers(
+                lambda: self.admin.describe_topics(TopicCollection([topic]), request_timeout=self.answer_s)
+            )
+        except KafkaException as error:
+            if code_of(error) == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return None
+            raise unavailable(self.servers, error) from error
+        [description] = found.values()
+        assert isinstance(description, TopicDescription), description
+        replicas = min((len(partition.replicas) for partition in description.partitions), default=0)
+        return Topic(_id(str(description.topic_id)), len(description.partitions), replicas)
+
+    def settings_of(self, topic: str) -> dict[str, str]:
+        """The topic's settings, the brokers' defaults among them. Raises HubUnavailable."""
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+        try:
+            [found] = self.answers(
+                lambda: self.admin.describe_configs([resource], request_timeout=self.answer_s)
+            ).values()
+        except KafkaException as error:
+            raise unavailable(self.servers, error) from error
+        return {name: str(entry.value) for name, entry in found.items() if isinstance(entry, ConfigEntry)}
+
+
+def _id(topic_id: str) -> str:
+    """A topic's uuid, as Kafka writes it, in hex."""
+    try:
+        found = base64.b64decode(topic_id + "==", altchars=b"-_" if set("-_") & set(topic_id) else b"+/")
+    except binascii.Error as error:
+        raise SettingsError(f"The brokers give the topic the id {topic_id!r}, which is none.") from error
+    if len(found) != 16 or not any(found):
+        raise SettingsError("The brokers give topics no ids: Penstock needs Apache Kafka 2.8 or newer, or its like.")
+    return found.hex()
+
+
+def code_of(error: KafkaException) -> int:
+    """librdkafka's code."""
+    inner = error.args[0] if error.args else None
+    return inner.code() if isinstance(inner, KafkaError) else 0
+
+
+def unavailable(servers: str, error: object) -> HubUnavailable:
+    """What a foreign error means to whoever asked."""
+    inner = error.args[0] if isinstance(error, KafkaException) and error.args else error
+    text = inner.str() if isinstance(inner, KafkaError) else str(inner) or type(inner).__name__
+    return HubUnavailable(
+        f"The Kafka brokers at {servers} do not do what was asked: {text}.", retry_after_s=RETRY_AFTER_S
+    )
+
+
+def create(cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_sync: int, retention_s: float) -> None:
+    """Make the topic, or check the one that is there. Raises SettingsError that names everything that does not fit, HubUnavailable."""
+    wanted = {
+        "message.timestamp.type": "LogAppendTime",
+        "cleanup.policy": "delete",
+        "retention.ms": str(int(retention_s * 1000)),
+        "retention.bytes": "-1",
+        "min.insync.replicas": str(in_sync),
+        "unclean.leader.election.enable": "false",
+    }
+    found = cluster.describe(topic)
+    if found is None:
+        new = NewTopic(topic, num_partitions=partitions, replication_factor=replicas, config=wanted)
+        try:
+            cluster.answers(lambda: cluster.admin.create_topics([new], request_timeout=cluster.answer_s))
+        except KafkaException as error:
+            if code_of(error) != KafkaError.TOPIC_ALREADY_EXISTS:  # another API was faster
+                raise SettingsError(
+                    f"The topic {topic} with {partitions} partitions, --replicas {replicas} and --in-sync-replicas {in_sync} "
+                    f"cannot be created: {error.args[0].str()}"
+                ) from error
+        found = _described(cluster, topic)
+    wrong = list(_misfits(found, cluster.settings_of(topic), wanted, partitions, replicas))
+    if wrong:
+        raise SettingsError(
+            f"The topic {topic} is there and does not fit: {'; '.join(wrong)}. Nothing was touched: change the topic, or what is asked for."
+        )
+
+
+def _described(cluster: Cluster, topic: str) -> Topic:
+    """A topic that was just made: not all brokers may know it yet."""
+    until = cluster.clock.monotonic() + PATIENCE_S
+    while (found := cluster.describe(topic)) is None:
+        if cluster.clock.monotonic() >= until:
+            raise HubUnavailable(f"The topic {topic} was created, and the brokers do not know it.")
+        cluster.clock.wait(threading.Event(), RETRY_S)
+    return found
+
+
+def _misfits(
+    found: Topic, settings: Mapping[str, str], wanted: Mapping[str, str], partitions: int, replicas: int
+) -> list[str]:
+    wrong = []
+    if found.partitions != partitions:
+        wrong.append(f"it has {found.partitions} partitions, not {partitions}")
+    if found.replicas < replicas:
+        wrong.append(f"it has {found.replicas} replicas, not {replicas}")
+    for name in ("message.timestamp.type", "cleanup.policy", "retention.bytes", "unclean.leader.election.enable"):
+        if settings.get(name, wanted[name]) != wanted[name]:
+            wrong.append(f"{name} is {settings[name]}, not {wanted[name]}")
+    for name, least in (
+        ("retention.ms", int(wanted["retention.ms"])),
+        ("min.insync.replicas", int(wanted["min.insync.replicas"])),
+        ("max.message.bytes", RECORD_BYTES_MIN),
+    ):
+        has = int(settings.get(name, least))
+        if 0 <= has < least:
+            wrong.append(f"{name} is {has}, less than {least}")
+    return wrong
