@@ -366,6 +366,6 @@ def announce(hub: Hub, host: processor_host.EventProcessorHost, group: str) -> N
 def _at_end(hub: Hub) -> Callable[[int], Start]:
     def start(partition: int) -> Start:
         end = hub.bounds(partition).next
-        return Start(str(end), end)
+        return Start(str(end >> hub.place_bits), end)
 
     return start

@@ -246,7 +246,7 @@ class SimHub:
 
     def __init__(self, hub: MemoryHub, member: Member) -> None:
         self.id = hub.id
-        self.period_s = hub.period_s
+        self.period_s, self.place_bits = hub.period_s, hub.place_bits
         self._hub = hub
         self._member = member
 

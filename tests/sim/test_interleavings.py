@@ -215,7 +215,7 @@ class Feed:
 
     def __init__(self, hub: CountingHub, bytes_max: int, reads: Callable[[], object]) -> None:
         self.id = hub.id
-        self.period_s = hub.period_s
+        self.period_s, self.place_bits = hub.period_s, hub.place_bits
         self.bounds = hub.bounds
         self._hub = hub
         self._bytes_max = bytes_max

@@ -17,6 +17,9 @@ Hour and part of a file follow from its first frame and the file before it (`pla
 found in the ledger alone: its record is the one whose `next` is the file's `first`, or lies before the gap that ends there. So
 every host gives the file the same name. If no record ends at the checkpoint, which is not 0, then it does not stand where the
 ledger ends anything, and somebody has removed or replaced data: the partition stops (faults.md, 38).
+
+Where the hub keeps no producers (a Kafka topic), what the log has twice is left out on the way (filter.py). What a file holds is then a
+function of the record and the whole log before it, and of each frame that what is new of it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import msgspec
 
 from penstock.archive.cut import (
     ClosedBy,
@@ -40,6 +45,7 @@ from penstock.archive.cut import (
     opened,
     place,
 )
+from penstock.archive.filter import Filter
 from penstock.archive.ledger import Gap, Ledger, Record
 from penstock.blobs import BlobStore
 from penstock.clock import Clock, timestamp
@@ -110,7 +116,9 @@ class Archiver:
         self._file_bytes_max = file_bytes_max
         self._log = log
         self._ledger = Ledger(store, hub.id, partition)
+        self._filter = Filter(hub, store, partition, log) if hub.place_bits else None
         self._next: int | None = None
+        self._floor_ms = 0
         self._last: Record | None = None
         self._decided: Record | None = None
         self._file: OpenFile | None = None
@@ -120,17 +128,20 @@ class Archiver:
         checkpoint = None
         for frame in events.frames:
             if self._next is None:
-                self._begin(frame.first)
-            elif frame.first != self._next:
+                # A dense log's first frame holds the checkpoint; elsewhere it may lie behind it.
+                self._begin(min(frame.first, int(events.offset) << self._hub.place_bits))
+            elif frame.first < self._next or (frame.first > self._next and not self._hub.place_bits):
                 raise ArchiveError(
                     f"the log of partition {self._partition} goes on at {frame.first} instead of {self._next}",
                     partition=self._partition,
                 )
+            frame = self._clamped(frame)
             closed_by = self._ends(frame)
             if closed_by is not None:
                 checkpoint = self._close(closed_by)
-            if not frame.is_marker:
-                self._take(frame)
+            new = frame if self._filter is None or frame.is_marker else self._filter.passed(frame)
+            if new is not None and not new.is_marker:
+                self._take(new)
                 if self._decided is not None and self._decided.next == self._next:
                     checkpoint = self._close(self._decided.closed_by)
         return checkpoint
@@ -138,8 +149,15 @@ class Archiver:
     def close(self, reason: CloseReason) -> None:
         self._drop()
 
+    def _clamped(self, frame: Frame) -> Frame:
+        """Times never decrease in a partition, but where brokers give them a reader must see to that (hub/kafka.py)."""
+        if frame.enqueued_at_ms >= self._floor_ms:
+            self._floor_ms = frame.enqueued_at_ms
+            return frame
+        return msgspec.structs.replace(frame, enqueued_at_ms=self._floor_ms)
+
     def _begin(self, first: int) -> None:
-        """The first frame that is read says where the checkpoint stands: files end where frames end."""
+        """Files end where frames end, so the first that is read says where the checkpoint stands."""
         before = self._ledger.before(first)
         if before is None and first != 0:
             raise ArchiveError(
@@ -150,8 +168,12 @@ class Archiver:
             before = self._ledger.before(before.first)
         if before is not None:
             self._confirm_last(before)
+        if self._filter is not None:
+            self._filter.begin(first)
         self._last = before
         self._next = first
+        # No frame or marker before the checkpoint is of a later period than the file that ends there, or it would have ended earlier.
+        self._floor_ms = hour_start_ms(before.hour) if before is not None else 0
 
     def _confirm_last(self, last: Record) -> None:
         try:
@@ -184,7 +206,8 @@ class Archiver:
         """Step 1. Before the first byte is collected it is known whether this file is decided."""
         previous = None if self._last is None else (hour_start_ms(self._last.hour), self._last.part)
         hour_ms, part = place(frame.enqueued_at_ms, self._hub.period_s, previous)
-        decided = self._ledger.read(frame.first)
+        assert self._next is not None, "_begin sets it"
+        decided = self._ledger.read(self._next)
         if isinstance(decided, Gap):
             raise self._passed_over(decided)
         self._decided = decided
@@ -196,7 +219,7 @@ class Archiver:
             )
         with _translated(self._folder):
             self._work = self._files.work_file(self._folder)
-        return opened(frame.first, hour_ms, part)
+        return opened(self._next, hour_ms, part)
 
     def _write(self, members: list[bytes]) -> None:
         assert self._work is not None, "a file is opened before it is written"
@@ -226,6 +249,8 @@ class Archiver:
             )
         self._write(finish(self._file))
         self._put(record, self._work)
+        if self._filter is not None:
+            self._filter.save(record.next, self._file.hour_ms)
         self._log.info(
             "hour file is in the store",
             partition=self._partition,
@@ -256,7 +281,7 @@ class Archiver:
             part=file.part,
             first=file.first,
             next=file.next,
-            offset_next=str(file.next),  # a file ends where a frame begins, and there the hub's offset is the number
+            offset_next=str(file.next >> self._hub.place_bits),  # a file ends where a record does
             events=file.events,
             raw_bytes=file.raw_bytes,
             crc32=file.crc32,

@@ -46,7 +46,7 @@ def start(store: BlobStore, hub: Hub, partition: int, *, host: str, clock: Clock
     if last is None:
         return Start("0", 0)
     if isinstance(last, Record) and not _in_store(store, last.file):
-        return Start(str(last.first), last.first, last.epoch + 1)
+        return Start(str(last.first >> hub.place_bits), last.first, last.epoch + 1)
     return Start(last.offset_next, last.next, last.epoch + 1)
 
 
@@ -88,7 +88,7 @@ def _gap(
         partition=partition,
         first=first,
         next=following,
-        offset_next=str(following),
+        offset_next=str(following >> hub.place_bits),
         reason=reason,
         host=host,
         epoch=epoch,

@@ -189,7 +189,7 @@ class HourKeeper:
         end_ms = hour_start_ms(hour) + self._hub.period_s * 1000
         return all(
             self._hub.bounds(partition).enqueued_last_ms >= end_ms
-            and number >= int(self._hub.locate(partition, end_ms))
+            and number >= int(self._hub.locate(partition, end_ms)) << self._hub.place_bits
             for partition, number in enumerate(done)
         )
 

@@ -75,13 +75,14 @@ class _Kind(msgspec.Struct, frozen=True):
     reason: object = msgspec.UNSET
 
 
-class Owner(msgspec.Struct, frozen=True):
-    """`_hub.json`: whose store this is. `period` in seconds."""
+class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`_hub.json`: whose store this is. `period` in seconds. `place_bits`: as the hub's; without them sequence numbers count events."""
 
     hub: str
     partitions: int
     period: int
     created: str
+    place_bits: int = 0
 
 
 def record_name(partition: int, first: int) -> str:
@@ -96,7 +97,7 @@ def decode(body: bytes) -> Link:
 
 def claim(store: BlobStore, hub: Hub, clock: Clock) -> None:
     """Make the store this hub's, or see that it is. Raises SettingsError if it is another's, and leaves it alone."""
-    mine = Owner(hub.id, hub.partitions(), hub.period_s, timestamp(clock.now_ms()))
+    mine = Owner(hub.id, hub.partitions(), hub.period_s, timestamp(clock.now_ms()), hub.place_bits)
     body = msgspec.json.encode(mine)
     answer = store.create(
         HUB_BLOB, body, id=body.decode()

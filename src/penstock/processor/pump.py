@@ -212,8 +212,7 @@ class Pump:
         if self._due is None:
             return
         try:
-            # In the embedded hub the offset is the sequence number.
-            self.holding.checkpoint(self._due, int(self._due))
+            self.holding.checkpoint(self._due, int(self._due) << self._hub.place_bits)
         except LostRace:
             return
         except StoreUnavailable as error:

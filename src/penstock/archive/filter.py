@@ -1,0 +1,198 @@
+"""What the archive takes of a log that has batches twice: each event once, exactly (hub/duplicates.py judges).
+
+For a hub that keeps no producers. What is known of them at a place in the log is a function of the log before it, so it is kept where
+files end, `_producers/{partition}/{next:020}`: written when the file is in the store and before the checkpoint moves there, so whoever
+begins at a checkpoint finds it. It is put and not created, since whoever writes it writes the same. When it is missing all the same, the
+log is read again from the last place where there is one, or from its beginning; what the brokers had deleted by then is not known any more.
+
+Nothing that is left out or dead changes what is known. So it does not matter that a file ends behind the last frame that was taken, and
+that what comes behind that is judged again by whoever begins there. Dead letters are named after their place: whoever comes to one again
+writes the same again.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from penstock.archive.cut import period_start_ms
+from penstock.blobs import BlobStore
+from penstock.errors import ArchiveError, BlobNotFound
+from penstock.events import Frame, FrameKind, Source
+from penstock.hub import Hub
+from penstock.hub.duplicates import Known, Reason, Verdict, judge, shares_of
+from penstock.hub.producers import WINDOW_MS
+from penstock.processor.pump import Log
+from penstock.wire.frame import PLAIN_BYTES_MAX, content, crc32, member
+
+READ_BYTES_MAX: Final = 4 << 20
+FORMAT: Final = 1
+_NAME: Final = re.compile(r"_producers/\d+/(\d{20})")
+
+
+class State(msgspec.Struct, frozen=True):
+    """What is known of a partition's producers by its events below `next`: what lies in the store, as MessagePack."""
+
+    format: int
+    hub: str
+    partition: int
+    next: int
+    producers: dict[str, Known]
+
+
+class Dead(msgspec.Struct, frozen=True):
+    """A dead letter: events that came under a producer number which leaves open whether they were stored before. In JSON."""
+
+    hub: str
+    partition: int
+    sequence_number: int
+    reason: Reason
+    producer: str
+    epoch: int
+    sequence: int
+    sha256: str
+    events: list[msgspec.Raw]
+
+
+def state_name(partition: int, at: int) -> str:
+    return f"_producers/{partition}/{at:020}"
+
+
+def dead_name(partition: int, sequence_number: int) -> str:
+    return f"_dead/{partition}/{sequence_number:020}.json"
+
+
+class Filter:
+    """Of one partition, for one thread, from `begin` on."""
+
+    def __init__(self, hub: Hub, store: BlobStore, partition: int, log: Log) -> None:
+        self._hub = hub
+        self._store = store
+        self._partition = partition
+        self._log = log
+        self._known: dict[str, Known] = {}
+        self._kept: list[int] = []
+
+    def begin(self, at: int) -> None:
+        """Know what is to be known at a place where a file ends. Raises ArchiveError, StoreError, HubError."""
+        place = at
+        while (state := self._read(place)) is None and place > 0:
+            place = max((n for n in self._listed() if n < place), default=0)
+        self._known = dict(state.producers) if state else {}
+        self._kept = [*(n for n in self._listed() if n < at), at]
+        if place < at:
+            self._read_again(place, at)
+
+    def passed(self, frame: Frame) -> Frame | None:
+        """What of a frame of events is new: itself, a part of it, or nothing. Dead letters are in the store when it returns."""
+        keep: list[tuple[int, int]] = []
+        at = 0
+        for source, verdict in self._judged(frame):
+            begin = at + verdict.left_out
+            if verdict.taken:
+                keep.append((begin, begin + verdict.taken))
+            if verdict.reason is not None:
+                lines = content(frame).split(b"\n")[begin + verdict.taken : at + source.count]
+                self._bury(frame.first + begin + verdict.taken, source, verdict.reason, lines)
+            at += source.count
+        if sum(end - begin for begin, end in keep) == frame.count:
+            return frame
+        return _part(frame, keep) if keep else None
+
+    def save(self, at: int, at_ms: int) -> None:
+        """Keep what is known, for whoever begins there; and nothing from before the file that ends there. `at_ms`: of its hour."""
+        self._known = {name: known for name, known in self._known.items() if at_ms - known.seen_at_ms <= WINDOW_MS}
+        producers = dict(sorted(self._known.items()))
+        state = State(FORMAT, self._hub.id, self._partition, at, producers)
+        self._store.put(state_name(self._partition, at), io.BytesIO(msgspec.msgpack.encode(state)))
+        self._kept.append(at)
+        for old in self._kept[:-2]:
+            self._store.delete(state_name(self._partition, old))
+        del self._kept[:-2]
+
+    def _judged(self, frame: Frame) -> Iterator[tuple[Source, Verdict]]:
+        # The period's start, because a reader that began later may clamp a broker's time otherwise within the period.
+        at_ms = period_start_ms(frame.enqueued_at_ms, self._hub.period_s)
+        for source, share in shares_of(frame):
+            verdict, known = judge(self._known.get(source.producer), source, share, at_ms)
+            if known is not None:
+                self._known[source.producer] = known
+            yield source, verdict
+
+    def _bury(self, number: int, source: Source, reason: Reason, lines: list[bytes]) -> None:
+        dead = Dead(
+            self._hub.id,
+            self._partition,
+            number,
+            reason,
+            source.producer,
+            source.epoch,
+            source.sequence,
+            source.sha256.hex(),
+            [msgspec.Raw(line) for line in lines],
+        )
+        self._store.put(dead_name(self._partition, number), io.BytesIO(msgspec.json.encode(dead)))
+        self._log.warning(
+            "events are dead letters",
+            partition=self._partition,
+            file=dead_name(self._partition, number),
+            reason=reason,
+            producer=source.producer,
+            events=len(lines),
+        )
+
+    def _listed(self) -> list[int]:
+        names = (_NAME.fullmatch(blob.name) for blob in self._store.list(f"_producers/{self._partition}/"))
+        return [int(match[1]) for match in names if match]
+
+    def _read(self, at: int) -> State | None:
+        if at == 0:
+            return None
+        name = state_name(self._partition, at)
+        try:
+            packed = self._store.get(name).body
+        except BlobNotFound:
+            return None
+        try:
+            state = msgspec.msgpack.decode(packed, type=State)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ArchiveError(f"{name} cannot be read: {error}", partition=self._partition) from error
+        if (state.format, state.hub, state.partition, state.next) != (FORMAT, self._hub.id, self._partition, at):
+            raise ArchiveError(f"{name} is not of this place, hub or format", partition=self._partition)
+        return state
+
+    def _read_again(self, start: int, end: int) -> None:
+        bits = self._hub.place_bits
+        start = max(start, self._hub.bounds(self._partition).first)
+        self._log.info("producers are read again from the log", partition=self._partition, first=start, next=end)
+        floor_ms = 0
+        while start < end:
+            read = self._hub.read(self._partition, str(start >> bits), bytes_max=READ_BYTES_MAX)
+            for frame in read.frames:
+                floor_ms = max(floor_ms, frame.enqueued_at_ms)
+                if frame.first < end and not frame.is_marker:
+                    for _ in self._judged(msgspec.structs.replace(frame, enqueued_at_ms=floor_ms)):
+                        continue
+            start = int(read.next_offset) << bits
+
+
+def _part(frame: Frame, keep: list[tuple[int, int]]) -> Frame:
+    """A frame with only these of its lines, as if it had been written so; where it lies and goes on is the same."""
+    lines = content(frame).splitlines(keepends=True)
+    ndjson = b"".join([line for begin, end in keep for line in lines[begin:end]])
+    is_plain = len(ndjson) < PLAIN_BYTES_MAX
+    return msgspec.structs.replace(
+        frame,
+        kind=FrameKind.PLAIN if is_plain else FrameKind.GZIP,
+        count=sum(end - begin for begin, end in keep),
+        raw_bytes=len(ndjson),
+        content_crc=crc32(ndjson),
+        body=ndjson if is_plain else member(ndjson),
+        source_count=0,
+        sources=b"",
+        shares=b"",
+    )
