@@ -15,6 +15,7 @@ import pytest
 from penstock.archive.archiver import Archiver
 from penstock.archive.begin import start
 from penstock.archive.check import verify
+from penstock.archive.cut import hour_start_ms
 from penstock.archive.filter import Dead, Filter, State, dead_name, state_name
 from penstock.archive.ledger import Ledger, Record, claim
 from penstock.blobs import BlobStore
@@ -23,7 +24,7 @@ from penstock.events import Batch, Bounds, Frame, FrameKind, Group, Slice
 from penstock.files import Files
 from penstock.hub.duplicates import Share, pack_shares
 from penstock.hub.producers import KEPT_BATCHES
-from penstock.processor import CloseReason
+from penstock.processor import Checkpoint, CloseReason
 from penstock.testing import FakeClock, FaultyBlobs, MemoryBlobs, MemoryLog
 from penstock.wire.draft import drafts
 from penstock.wire.frame import content, decode, pack
@@ -88,7 +89,8 @@ class Topic:
         )
 
     def locate(self, partition: int, at_ms: int) -> str:
-        raise NotImplementedError
+        there = (frame.first >> BITS for frame in self.frames if frame.enqueued_at_ms >= at_ms)
+        return str(max(self.first, next(there, self.end)))
 
 
 class Rig:
@@ -98,20 +100,21 @@ class Rig:
         self.store = MemoryBlobs()
         self.log = MemoryLog()
         self.folder = folder
-        self.checkpoint = "0"
+        self.checkpoint = Checkpoint("0", 0)
         claim(self.store, self.topic, self.clock)
 
     def run(self, *, store: BlobStore | None = None, reads: int = 1_000_000, bytes_max: int = 200) -> None:
         """A new archiver from the checkpoint on, for so many reads or to the end of the log."""
         archiver = Archiver(
             self.topic, store or self.store, 0, host="a", epoch=lambda: 1, clock=self.clock, files=Files(),
-            folder=self.folder, file_bytes_max=1 << 20, log=self.log,
+            folder=self.folder, file_bytes_max=1 << 20, log=self.log, checkpoint=lambda: self.checkpoint.sequence_number,
         )  # fmt: skip
-        offset = self.checkpoint
+        offset = self.checkpoint.offset
         try:
             for _ in range(reads):
                 read = self.topic.read(0, offset, bytes_max=bytes_max)
-                self.checkpoint = archiver.process(read) or self.checkpoint
+                given = archiver.process(read) or self.checkpoint
+                self.checkpoint = Checkpoint(given, int(given) << BITS) if isinstance(given, str) else given
                 if read.next_offset == read.end_offset:
                     return
                 offset = read.next_offset
@@ -133,6 +136,20 @@ class Rig:
 
     def logged(self) -> list[bytes]:
         return [line for frame in self.topic.frames if not frame.is_marker for line in content(frame).splitlines()]
+
+    def hours(self) -> dict[bytes, int]:
+        """Start of the hour of each event's file."""
+        every = [(record.hour, gzip.decompress(self.store.get(record.file).body)) for record in self.records()]
+        return {line: hour_start_ms(hour) for hour, file in every for line in file.splitlines()}
+
+    def hours_logged(self) -> dict[bytes, int]:
+        """What it must be: that of the latest time in the log up to there, in an event or a marker, however clocks step."""
+        latest_ms, found = 0, {}
+        for frame in self.topic.frames:
+            latest_ms = max(latest_ms, frame.enqueued_at_ms)
+            for line in content(frame).splitlines():
+                found.setdefault(line, latest_ms - latest_ms % (PERIOD_S * 1000))
+        return found
 
     def dead(self) -> list[Dead]:
         names = [blob.name for blob in self.store.list("_dead/")]
@@ -180,7 +197,7 @@ def test_a_copy_and_the_rest_of_a_batch(rig: Rig) -> None:
     assert rig.archived() == [line(*one) for one in expected]
     [record] = rig.records()
     assert (record.first, record.next, record.offset_next, record.events) == (0, 5 << BITS, "5", 10)
-    assert rig.checkpoint == "5"
+    assert rig.checkpoint == ("6", 5 << BITS)  # the marker is passed, and the ledger goes on where the file ended
     assert (rig.dead(), verify(rig.store).problems) == ([], [])
 
 
@@ -284,7 +301,7 @@ def test_an_archive_that_begins_late_has_a_gap(rig: Rig) -> None:
     rig.topic.first = 1
     begin = start(rig.store, rig.topic, 0, host="a", clock=rig.clock)
     assert (begin.offset, begin.sequence_number) == ("1", 1 << BITS)
-    rig.checkpoint = begin.offset
+    rig.checkpoint = Checkpoint(begin.offset, begin.sequence_number)
     rig.topic.put(("p", 1, 2, range(3), 3))
     rig.close_period()
     rig.run()
@@ -298,6 +315,7 @@ def test_a_state_that_is_not_right_stops_the_partition(rig: Rig, body: bytes) ->
     rig.run()
     rig.store.delete(state_name(0, 1 << BITS))
     rig.store.create(state_name(0, 1 << BITS), body, id="x")
+    rig.close_period()
     with pytest.raises(ArchiveError):
         rig.run()
 
@@ -315,6 +333,42 @@ def test_a_clock_that_steps_back_moves_no_event_into_an_hour_that_is_over(rig: R
     rig.run()
     assert [record.hour[-2:] for record in rig.records()] == ["00", "10"]
     assert [record.events for record in rig.records()] == [1, 2]
+
+
+def test_markers_may_be_deleted_behind_the_checkpoint(rig: Rig) -> None:
+    """An idle partition's events and markers are, in the end; its archive goes on."""
+    rig.topic.put(("p", 1, 1, range(3), 3))
+    for _ in range(4):
+        rig.close_period()
+    rig.run()
+    assert rig.checkpoint == ("5", 1 << BITS)
+    rig.topic.first = 5
+    rig.topic.at_ms -= PERIOD_S * 1500  # by a broker whose clock is behind
+    rig.topic.put(("p", 1, 2, range(1), 1))
+    rig.topic.at_ms += PERIOD_S * 1500
+    rig.close_period()
+    rig.run()
+    assert [(record.first, record.next, record.events) for record in rig.records()] == [
+        (0, 1 << BITS, 3),
+        (1 << BITS, 6 << BITS, 1),
+    ]
+    assert verify(rig.store).problems == []
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_what_markers_have_said_holds_for_who_begins_behind_them(rig: Rig, restarted: bool) -> None:
+    rig.topic.put(("p", 1, 1, range(1), 1))
+    for _ in range(3):
+        rig.close_period()
+    if restarted:
+        rig.run()
+        assert rig.checkpoint == ("4", 1 << BITS)
+    rig.topic.at_ms -= PERIOD_S * 1500
+    rig.topic.put(("p", 1, 2, range(1), 1))
+    rig.topic.at_ms += PERIOD_S * 1500
+    rig.close_period()
+    rig.run()
+    assert [record.hour[-2:] for record in rig.records()] == ["00", "30"]
 
 
 class Lane:
@@ -370,6 +424,7 @@ def test_any_log_any_deaths_any_store(tmp_path: Path, first: int) -> None:
         rig.run()
         expected = Counter(dict.fromkeys(rig.logged(), 1))
         assert Counter(rig.archived()) == expected, f"seed {seed}"
+        assert rig.hours() == rig.hours_logged(), f"seed {seed}"
         for lane in lanes:
             mine = [(e["s"], e["i"]) for e in map(msgspec.json.decode, rig.archived()) if e["deviceId"] == lane.name]
             assert mine == sorted(mine), f"seed {seed}"

@@ -139,7 +139,7 @@ class Meanwhile(HourKeeper):
 
     rig: Rig
 
-    def _checkpoints(self) -> list[int] | None:
+    def _checkpoints(self) -> list[Lease] | None:
         done = super()._checkpoints()
         run_all(self.rig)
         return done
@@ -148,7 +148,7 @@ class Meanwhile(HourKeeper):
 class FollowsFirst(Meanwhile):
     """Reads the ledgers before the checkpoints."""
 
-    def _checkpoints(self) -> list[int] | None:
+    def _checkpoints(self) -> list[Lease] | None:
         super()._follow()
         run_all(self.rig)
         return HourKeeper._checkpoints(self)
@@ -156,7 +156,7 @@ class FollowsFirst(Meanwhile):
     def _follow(self) -> None:
         return
 
-    def _check_reached(self, done: list[int]) -> None:
+    def _check_reached(self, done: list[Lease]) -> None:
         return
 
 
@@ -205,7 +205,7 @@ class WaitsForNobody(HourKeeper):
 class LedgersFirst(HourKeeper):
     """Reads the checkpoints last: what they prove is of another moment than what was followed."""
 
-    def _checkpoints(self) -> list[int] | None:
+    def _checkpoints(self) -> list[Lease] | None:
         if super()._checkpoints() is None:
             return None
         super()._follow()
@@ -214,14 +214,14 @@ class LedgersFirst(HourKeeper):
     def _follow(self) -> None:
         return
 
-    def _check_reached(self, done: list[int]) -> None:
+    def _check_reached(self, done: list[Lease]) -> None:
         return
 
 
 class TrustsLedgers(HourKeeper):
     """Does not see that a record is gone."""
 
-    def _check_reached(self, done: list[int]) -> None:
+    def _check_reached(self, done: list[Lease]) -> None:
         return
 
 

@@ -185,7 +185,7 @@ class TestReading:
         assert [frame.first >> PLACE_BITS for frame in frames_of(hub)] == [0, 2]
         at_end = hub.read(0, "3", bytes_max=1)
         assert (list(at_end.frames), at_end.next_offset, at_end.end_offset) == ([], "4", "4")
-        assert hub.locate(0, NINE_MS * 2) == hub.cut()[0] == "3"
+        assert hub.locate(0, NINE_MS * 2) == hub.cut()[0] == "4"
 
     def test_a_record_that_is_no_frame_stops_the_partition_where_it_lies(self, kafka: Brokers, hub: KafkaHub) -> None:
         hub.append([batch(1), batch(1, partition=1)])
@@ -312,33 +312,18 @@ class TestTimes:
             piece = [another.read(0, str(offset), bytes_max=1).frames[0] for offset in range(5)]
             assert [(frame.enqueued_at_ms - NINE_MS) // 60_000 for frame in piece] == [10, 65, 65, 65, 66]
 
-    def test_where_a_time_begins_lies_before_the_markers(self, kafka: Brokers, topic: str) -> None:
-        """So an archiver that has closed the file before is there, although markers take offsets."""
-        self.write(kafka, topic, (E, 10), (TIME, 60), (TIME, 61), *[(TIME, 62)] * 20, (E, 125))
-        with opened(kafka, topic) as hub:
-            for minutes, offset in ((60, 1), (61, 1), (63, 1), (120, 1), (125, 1), (126, 24)):
-                assert hub.locate(0, NINE_MS + minutes * 60_000) == str(offset)
-
     @pytest.mark.parametrize(
         ("records", "now", "due"),
         [
-            ([], 65, False),
+            ([], 5, True),
             ([(E, 10)], 50, False),
             ([(E, 10)], 65, True),
             ([(E, 10), (TIME, 61)], 65, False),
-            ([(E, 10), (TIME, 61)], 185, False),
+            ([(E, 10), (TIME, 61)], 125, True),  # also where nothing happens, so that all see that the hour is over
             ([(E, 10), (TIME, 50)], 65, True),  # by a broker whose clock was behind
-            ([(E, 10), (CUT, 50)], 65, False),
-            ([(E, 10), (CUT, 50), (E, 51)], 65, True),
-            ([(E, 10), (TIME, 61), (E, 59)], 65, False),  # clamped, it is of the running hour
-            ([(E, 10), (TIME, 61), (E, 59)], 125, True),
-            (
-                [(E, 10), (TIME, 61), (E, 59), (TIME, 62)],
-                125,
-                True,
-            ),  # closed nothing: the file is of the hour from 60 on
-            ([(E, 10), (TIME, 61), (E, 59), (TIME, 62), (TIME, 121)], 185, False),
-            ([(E, 10), *[(TIME, 55)] * 30], 65, True),
+            ([(E, 10), (CUT, 50)], 65, True),
+            ([(E, 61)], 65, False),
+            ([(E, 61), (E, 59)], 65, False),  # clamped, both are of the running hour
         ],
     )
     def test_time_markers(
@@ -350,6 +335,12 @@ class TestTimes:
             assert kinds(hub) == [kind for kind, _ in records] + [TIME] * due
             hub.maintain()
             assert len(kinds(hub)) == len(records) + due
+
+    def test_cut_markers(self, kafka: Brokers, topic: str) -> None:
+        self.write(kafka, topic, (E, 10), (TIME, 60))
+        with opened(kafka, topic) as hub:
+            assert [hub.cut(), hub.cut()] == [["2"], ["2"]]
+            assert kinds(hub) == [E, TIME, CUT]
 
     def test_a_marker_that_the_broker_dates_too_early_is_written_again_when_its_time_has_come(
         self, kafka: Brokers
@@ -367,14 +358,3 @@ class TestTimes:
             clock.advance(3600 - 30)  # the broker's clock does not move so far: once more it is too early
             hub.maintain()
             assert kinds(hub) == [E, TIME, TIME]
-
-    def test_an_event_that_comes_late_in_a_broker_with_a_slow_clock_is_closed_too(
-        self, kafka: Brokers, topic: str
-    ) -> None:
-        clock = FakeClock(NINE_MS + HOUR_MS + 2000)
-        with opened(kafka, topic, clock=clock) as hub:
-            hub.maintain()
-            self.write(kafka, topic, (E, 59))
-            clock.advance(1)
-            hub.maintain()
-            assert kinds(hub) == [E, TIME]

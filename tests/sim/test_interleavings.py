@@ -40,7 +40,7 @@ from penstock.archive.ledger import Gap, Ledger, Record, claim
 from penstock.blobs import Blob, BlobStore, Created, Listed
 from penstock.errors import BlobNotFound, LostRace, StoreUnavailable
 from penstock.events import FrameKind, Slice
-from penstock.processor import CloseReason
+from penstock.processor import Checkpoint, CloseReason
 from penstock.processor import lease as lease_module
 from penstock.processor import pump as pump_module
 from penstock.processor.lease import Holding, Lease, Writer, decode_lease, encode_lease, lease_name, take_over
@@ -373,7 +373,7 @@ class Actor:
         self._known = [digest(self._clock.pump)]
 
 
-WHOLE = {type(None), bool, int, float, str, bytes, Lease, Record, Gap, OpenFile, CloseReason}
+WHOLE = {type(None), bool, int, float, str, bytes, Checkpoint, Lease, Record, Gap, OpenFile, CloseReason}
 FIXED = {SimBlobs, Feed, StillClock, Quiet, SimFiles, PosixPath, Thread, nullcontext, FunctionType, MethodType}
 PARTS = {Pump, Holding, Archiver, Ledger, Writer}
 

@@ -8,7 +8,8 @@ For each file, in this order, and after a crash at any step again from the last 
    what stands. What was collected is thrown away, never trimmed: the file is built from the record and the log only;
 3. put the file, and see that it is there. Its name and bytes follow from the record and the log, so putting it twice, late,
    or from two hosts at once changes nothing;
-4. return the checkpoint. The pump writes it to the lease, and only if the lease is still its own.
+4. return the checkpoint. The pump writes it to the lease, and only if the lease is still its own. Its sequence number is where the
+   ledger goes on; its offset, where the hub's markers have some, may be further.
 
 The next record comes after step 3 (L4). A crash after step 2 or 3 leaves a record at or behind the checkpoint, which the next
 archiver adopts. There is no step that asks whether this host holds the lease: the ledger decides without.
@@ -33,6 +34,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from penstock.archive.begin import passed_ms
 from penstock.archive.cut import (
     ClosedBy,
     OpenFile,
@@ -53,7 +55,7 @@ from penstock.errors import ArchiveError, BlobNotFound, StoreUnavailable
 from penstock.events import Frame, Slice
 from penstock.files import Files
 from penstock.hub import Hub
-from penstock.processor import CloseReason, ProcessorFactory
+from penstock.processor import Checkpoint, CloseReason, ProcessorFactory
 from penstock.processor.pump import Log
 
 
@@ -68,8 +70,12 @@ def archivers(
     folder: Path,
     file_bytes_max: int,
     log: Log,
+    checkpoint: Callable[[int], int] | None = None,
 ) -> ProcessorFactory:
-    """A factory of archivers for a processor host. `epoch` tells the lease's epoch of a partition, for the record."""
+    """A factory of archivers for a processor host. `epoch` tells the lease's epoch of a partition, for the record.
+
+    `checkpoint` tells its sequence number, which in a hub with `place_bits` does not follow from the offset.
+    """
 
     def make(partition: int) -> Archiver:
         return Archiver(
@@ -83,6 +89,7 @@ def archivers(
             folder=folder,
             file_bytes_max=file_bytes_max,
             log=log,
+            checkpoint=None if checkpoint is None else lambda: checkpoint(partition),
         )
 
     return make
@@ -104,8 +111,10 @@ class Archiver:
         folder: Path,
         file_bytes_max: int,
         log: Log,
+        checkpoint: Callable[[], int] | None = None,
     ) -> None:
         self._hub = hub
+        self._checkpoint = checkpoint
         self._store = store
         self._partition = partition
         self._host = host
@@ -124,12 +133,11 @@ class Archiver:
         self._file: OpenFile | None = None
         self._work: BinaryIO | None = None
 
-    def process(self, events: Slice) -> str | None:
-        checkpoint = None
+    def process(self, events: Slice) -> str | Checkpoint | None:
+        checkpoint: str | Checkpoint | None = None
         for frame in events.frames:
             if self._next is None:
-                # A dense log's first frame holds the checkpoint; elsewhere it may lie behind it.
-                self._begin(min(frame.first, int(events.offset) << self._hub.place_bits))
+                self._begin(frame.first if self._checkpoint is None else self._checkpoint(), events.offset)
             elif frame.first < self._next or (frame.first > self._next and not self._hub.place_bits):
                 raise ArchiveError(
                     f"the log of partition {self._partition} goes on at {frame.first} instead of {self._next}",
@@ -144,6 +152,9 @@ class Archiver:
                 self._take(new)
                 if self._decided is not None and self._decided.next == self._next:
                     checkpoint = self._close(self._decided.closed_by)
+        if self._hub.place_bits and self._next is not None and self._file is None:
+            # No file is open, so whatever was read is done: also markers and what was left out, which the ledger knows nothing of.
+            return Checkpoint(events.next_offset, self._next)
         return checkpoint
 
     def close(self, reason: CloseReason) -> None:
@@ -156,8 +167,8 @@ class Archiver:
             return frame
         return msgspec.structs.replace(frame, enqueued_at_ms=self._floor_ms)
 
-    def _begin(self, first: int) -> None:
-        """Files end where frames end, so the first that is read says where the checkpoint stands."""
+    def _begin(self, first: int, offset: str) -> None:
+        """Where the checkpoint stands: files end where frames end, so in a dense log the first one that is read says it."""
         before = self._ledger.before(first)
         if before is None and first != 0:
             raise ArchiveError(
@@ -172,8 +183,10 @@ class Archiver:
             self._filter.begin(first)
         self._last = before
         self._next = first
-        # No frame or marker before the checkpoint is of a later period than the file that ends there, or it would have ended earlier.
+        # No frame or marker before a file's end is of a later period than the file, or it would have ended earlier.
         self._floor_ms = hour_start_ms(before.hour) if before is not None else 0
+        if self._hub.place_bits and int(offset) << self._hub.place_bits > first:
+            self._floor_ms = passed_ms(self._hub, self._partition, int(offset), self._floor_ms)
 
     def _confirm_last(self, last: Record) -> None:
         try:

@@ -50,6 +50,23 @@ def start(store: BlobStore, hub: Hub, partition: int, *, host: str, clock: Clock
     return Start(last.offset_next, last.next, last.epoch + 1)
 
 
+def passed_ms(hub: Hub, partition: int, offset: int, since_ms: int) -> int:
+    """The start of the latest period, from `since_ms` on, of which something lies before an offset: nothing behind it is of an earlier one.
+
+    For one who begins there, in a log of which the brokers' times may step back: the markers that he has not read have said it.
+    """
+    bounds, period_ms = hub.bounds(partition), hub.period_s * 1000
+    low = max(since_ms, bounds.enqueued_first_ms // period_ms * period_ms)
+    high = max(low, bounds.enqueued_last_ms // period_ms * period_ms)
+    while low < high:
+        middle = low + ((high - low) // period_ms + 1) // 2 * period_ms
+        if int(hub.locate(partition, middle)) < offset:
+            low = middle
+        else:
+            high = middle - period_ms
+    return low
+
+
 def join(store: BlobStore, hub: Hub, *, clock: Clock) -> None:
     """See that chains which an earlier version began behind 0 begin at 0. To be called when a host or API starts.
 

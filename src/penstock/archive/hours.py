@@ -180,17 +180,17 @@ class HourKeeper:
             published.append(hour)
         return published
 
-    def _checkpoints(self) -> list[int] | None:
-        done = [checkpoint(self._store, partition, self._group) for partition in range(self._hub.partitions())]
-        known = [number for number in done if number is not None]
+    def _checkpoints(self) -> list[Lease] | None:
+        done = [archive_lease(self._store, partition, self._group) for partition in range(self._hub.partitions())]
+        known = [lease for lease in done if lease is not None]
         return known if len(known) == len(done) else None
 
-    def _complete(self, hour: str, done: list[int]) -> bool:
+    def _complete(self, hour: str, done: list[Lease]) -> bool:
         end_ms = hour_start_ms(hour) + self._hub.period_s * 1000
         return all(
             self._hub.bounds(partition).enqueued_last_ms >= end_ms
-            and number >= int(self._hub.locate(partition, end_ms)) << self._hub.place_bits
-            for partition, number in enumerate(done)
+            and int(lease.offset) >= int(self._hub.locate(partition, end_ms))
+            for partition, lease in enumerate(done)
         )
 
     def _create(self, hour: str) -> None:
@@ -210,15 +210,15 @@ class HourKeeper:
                     self._pending.setdefault(record.hour, []).append(record)
                 self._cursors[partition] = record.next
 
-    def _check_reached(self, done: list[int]) -> None:
+    def _check_reached(self, done: list[Lease]) -> None:
         """Every checkpoint stands where a record ends, or at 0: who does not get there did not see all."""
         assert self._cursors is not None, "called behind _follow"
-        for partition, number in enumerate(done):
+        for partition, lease in enumerate(done):
             reached = self._cursors[partition]
-            if reached < number:
+            if reached < lease.sequence_number:
                 self._cursors, self._pending = None, {}
                 raise ArchiveError(
-                    f"the ledger of partition {partition} was followed to {reached}, and its checkpoint is {number}: "
+                    f"the ledger of partition {partition} was followed to {reached}, and its checkpoint is {lease.sequence_number}: "
                     "no hour is published before that is read again",
                     partition=partition,
                 )

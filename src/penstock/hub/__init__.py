@@ -57,10 +57,7 @@ class Hub(Protocol):
         ...
 
     def locate(self, partition: int, at_ms: int) -> str:
-        """Offset of the first frame or marker enqueued at or after `at_ms`; the end of the log if there is none.
-
-        Where markers take offsets: of the first of the markers directly before it. So it is where a file of the time before ends.
-        """
+        """Offset of the first frame or marker enqueued at or after `at_ms`; the end of the log if there is none."""
         ...
 
 
@@ -80,5 +77,5 @@ class WholeHub(Hub, Protocol):
         ...
 
     def cut(self) -> Sequence[str]:
-        """Put a cut marker into every partition that has an open file; the offset behind the last event of each partition."""
+        """Put a cut marker into every partition that may have an open file; the offset behind the last event of each partition."""
         ...

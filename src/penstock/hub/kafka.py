@@ -5,6 +5,8 @@ Where the embedded hub decides inside its write transaction, here the brokers do
 - *offsets* are the brokers'; a frame's first sequence number is its offset × 2^20, whatever its header says, which is 0 there;
 - *times* are the brokers' LogAppendTime, never a writer's. A new leader's clock may be behind the last one's, so they are clamped while
   they are read. What was read before a reader began is not known to it: the archiver clamps again, from its ledger (archive/cut.py);
+- *idle* partitions have a marker in each period, so that everybody sees that it is over, and the checkpoints of those who read
+  move on before the brokers delete what is below them;
 - *durable* is what all in-sync replicas have. A batch is in the topic when each of its frames is; a failure can leave some of them,
   of each partition those from its first on, because they are sent one after the other;
 - *producers' numbers* are judged by readers (hub/duplicates.py): writers hold no state, so there may be any number of them.
@@ -16,7 +18,7 @@ it is written down with the number of partitions; a topic to which partitions we
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 import msgspec
 from confluent_kafka import KafkaException, Message, TopicPartition
@@ -27,7 +29,7 @@ from penstock.errors import FrameDamaged, HubError, NotFound, SettingsError
 from penstock.events import Appended, Batch, Bounds, Frame, FrameKind, Slice
 from penstock.hub import Refused
 from penstock.hub.duplicates import Share, pack_shares
-from penstock.hub.kafka_cluster import Cluster, unavailable
+from penstock.hub.kafka_cluster import Cluster, described, unavailable
 from penstock.hub.kafka_reading import Readers
 from penstock.hub.kafka_writing import SHARES, Outgoing, Writer
 from penstock.wire import frame
@@ -36,18 +38,7 @@ from penstock.wire.frame import FRAME_BYTES_MAX
 
 PLACE_BITS: Final = 20
 """A frame has fewer events: 256 KiB of lines, or one batch's."""
-CLOCKS_APART_MS: Final = 60_000
-"""For so long after a period's end a broker may still write into it, by a clock that is behind ours."""
-_LOOK_BACK: Final = 8
 _LOOK_BYTES: Final = 1 << 20
-
-
-class _Tail(NamedTuple):
-    """The end of a partition: `next` is the offset behind its last event (where the log begins, if it has none), then come `markers`."""
-
-    next: int
-    has_events: bool
-    markers: list[Frame]
 
 
 class KafkaHub:
@@ -56,7 +47,7 @@ class KafkaHub:
     def __init__(
         self, cluster: Cluster, topic: str, *, period_s: int, clock: Clock, frame_bytes_max: int = FRAME_BYTES_MAX
     ) -> None:
-        found = cluster.describe(topic)
+        found = described(cluster, topic)
         if found is None:
             raise SettingsError(f"There is no topic {topic} at {cluster.servers}: `penstock api` makes it.")
         self._cluster = cluster
@@ -69,7 +60,6 @@ class KafkaHub:
         self._writer = Writer(cluster, topic)
         self._floors: dict[int, tuple[int, int]] = {}
         self._settled: dict[int, int] = {}
-        self._closed_at: dict[int, int] = {}
         self._marks_from_ms = 0
 
     def __enter__(self) -> Self:
@@ -134,81 +124,51 @@ class KafkaHub:
         found = self._offsets([partition], OffsetSpec.for_timestamp(max(0, at_ms)))[partition].offset
         if found < 0:
             found = self._offsets([partition], OffsetSpec.latest())[partition].offset
-        return str(self._tail(partition, found).next)
+        return str(found)
 
     def cut(self) -> Sequence[str]:
-        tails = [self._tail(partition) for partition in range(self._count)]
-        self._mark([p for p, tail in enumerate(tails) if self._is_open(p, tail)], FrameKind.CUT_MARKER)
-        return [str(tail.next) for tail in tails]
+        every = range(self._count)
+        firsts, ends = self._offsets(every, OffsetSpec.earliest()), self._offsets(every, OffsetSpec.latest())
+        due, reached = [], []
+        for partition in every:
+            end = ends[partition].offset
+            last = list(self._between(partition, max(firsts[partition].offset, end - 1), end))
+            is_cut = bool(last) and last[0].kind is FrameKind.CUT_MARKER
+            reached.append(str(end - is_cut))
+            if end > firsts[partition].offset and not is_cut:
+                due.append(partition)
+        self._mark(due, FrameKind.CUT_MARKER)
+        return reached
 
     def maintain(self) -> None:
-        """Once a second or so: time markers into partitions whose last events are of an earlier period.
+        """Once a second or so: a time marker into each partition that has no record of the running period yet.
 
-        Ours is the clock that says when to look, the brokers' are those that count: a marker that they date into the period that it
-        was to close closes nothing, and is written again when they should be there. All API workers do this, in any number.
+        It closes the file of the period before, and says that nothing of it can come any more. Ours is the clock that says when to look,
+        the brokers' are those that count: a marker that they date into the period before says nothing, and is written again when
+        by their clock it is time. All API workers do this, in any number.
         """
         now_ms = self._clock.now_ms()
         since_ms = now_ms - now_ms % (self._period_s * 1000)
         unsettled = [p for p in range(self._count) if self._settled.get(p, -1) < since_ms]
         if not unsettled or now_ms < self._marks_from_ms:
             return
-        ends = self._offsets(unsettled, OffsetSpec.latest())
-        due: list[int] = []
+        due = []
         for partition, found in self._offsets(unsettled, OffsetSpec.for_timestamp(since_ms)).items():
             if found.offset >= 0:
-                self._settled[partition] = since_ms  # whatever is there closes the file of the time before
-            elif self._may_be_open(partition, ends[partition].offset):
-                due.append(partition)
-            elif now_ms - since_ms >= CLOCKS_APART_MS:
                 self._settled[partition] = since_ms
+            else:
+                due.append(partition)
         if due:
-            behind_ms = since_ms - self._mark(due, FrameKind.TIME_MARKER)
-            self._marks_from_ms = now_ms + behind_ms if behind_ms > 0 else 0
+            self._marks_from_ms = now_ms + since_ms - self._mark(due, FrameKind.TIME_MARKER)
 
     def _mark(self, partitions: Sequence[int], kind: FrameKind) -> int:
-        """Markers into these partitions; their latest time."""
+        """Markers into these partitions; the latest time that they were given."""
         return self._writer.write(
             {
                 partition: [Outgoing(frame.pack(kind, partition, 0, 0, 0, 0, 0, 0, b"", 0, b""))]
                 for partition in partitions
             }
         )
-
-    def _may_be_open(self, partition: int, end: int) -> bool:
-        """`_is_open`, asked once for each end of the log at which nothing was."""
-        if self._closed_at.get(partition) == end:
-            return False
-        if self._is_open(partition, self._tail(partition, end)):
-            return True
-        self._closed_at[partition] = end
-        return False
-
-    def _is_open(self, partition: int, tail: _Tail) -> bool:
-        """Whether a file may be open there: events, and no marker behind them that has closed it."""
-        if not tail.has_events or any(marker.kind is FrameKind.CUT_MARKER for marker in tail.markers):
-            return False
-        if not tail.markers:
-            return True
-        newest_ms = max(marker.enqueued_at_ms for marker in tail.markers)
-        since_ms = newest_ms - newest_ms % (self._period_s * 1000)
-        # Closed if no event is of the newest marker's period, not even clamped: nothing of that period lies before them.
-        return self._offsets([partition], OffsetSpec.for_timestamp(since_ms))[partition].offset < tail.next
-
-    def _tail(self, partition: int, before: int | None = None) -> _Tail:
-        """The end of the log, or what lies just before an offset."""
-        if before is None:
-            before = self._offsets([partition], OffsetSpec.latest())[partition].offset
-        first = self._offsets([partition], OffsetSpec.earliest())[partition].offset
-        back = _LOOK_BACK
-        while True:
-            start = max(first, before - back)
-            frames = list(self._between(partition, start, before))
-            events = [index for index, each in enumerate(frames) if not each.is_marker]
-            if events or start == first:
-                last = events[-1] if events else -1
-                following = frames[last].next >> PLACE_BITS if events else first
-                return _Tail(following, bool(events), frames[last + 1 :])
-            back *= 8
 
     def _between(self, partition: int, start: int, end: int) -> Iterator[Frame]:
         while start < end:

@@ -24,6 +24,7 @@ DELIVERY_S: Final = 8.0
 """A record that is not acknowledged within this is given up, and its batches are answered 503: longer than a leader's election."""
 ANSWER_S: Final = 5.0
 PATIENCE_S: Final = 5.0
+KNOWN_S: Final = 3.0
 RETRY_S: Final = 0.1
 RETRY_AFTER_S: Final = 2.0
 RECORD_BYTES_MIN: Final = 1_000_000
@@ -44,6 +45,9 @@ _FINAL = frozenset(
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
     )
+)
+_MOVED = frozenset(
+    (KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError.NOT_LEADER_FOR_PARTITION)
 )
 
 K = TypeVar("K")
@@ -141,6 +145,9 @@ class Cluster:
                     raise
                 if self.clock.monotonic() >= until:
                     raise unavailable(self.servers, error) from error
+                if code_of(error) in _MOVED:
+                    # librdkafka 2.16 goes on asking with the leader's epoch that it knew first.
+                    self.admin = AdminClient(self._shared)
             except TimeoutError as error:
                 raise unavailable(self.servers, error) from error
             self.clock.wait(self._never, RETRY_S)
@@ -219,7 +226,9 @@ def create(cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_s
                     f"The topic {topic} with {partitions} partitions, --replicas {replicas} and --in-sync-replicas {in_sync} "
                     f"cannot be created: {error.args[0].str()}"
                 ) from error
-        found = _described(cluster, topic)
+        found = described(cluster, topic)
+        if found is None:
+            raise HubUnavailable(f"The topic {topic} was created, and the brokers at {cluster.servers} do not know it.")
     wrong = list(_misfits(found, cluster.settings_of(topic), wanted, partitions, replicas))
     if wrong:
         raise SettingsError(
@@ -227,12 +236,10 @@ def create(cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_s
         )
 
 
-def _described(cluster: Cluster, topic: str) -> Topic:
-    """A topic that was just made: not all brokers may know it yet."""
-    until = cluster.clock.monotonic() + PATIENCE_S
-    while (found := cluster.describe(topic)) is None:
-        if cluster.clock.monotonic() >= until:
-            raise HubUnavailable(f"The topic {topic} was created, and the brokers do not know it.")
+def described(cluster: Cluster, topic: str) -> Topic | None:
+    """Of a topic that was just made not all brokers know yet. None: there is none. Raises HubUnavailable."""
+    until = cluster.clock.monotonic() + KNOWN_S
+    while (found := cluster.describe(topic)) is None and cluster.clock.monotonic() < until:
         cluster.clock.wait(threading.Event(), RETRY_S)
     return found
 

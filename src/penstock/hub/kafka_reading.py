@@ -16,7 +16,7 @@ from penstock.errors import HubUnavailable, OffsetBeyondEnd, OffsetTrimmed
 from penstock.hub.kafka_cluster import RETRY_AFTER_S, Cluster, unavailable
 
 READ_S: Final = 10.0
-READERS_KEPT: Final = 64
+READERS_KEPT: Final = 32
 _AT_ONCE: Final = 1000
 _POLL_S: Final = 0.1
 

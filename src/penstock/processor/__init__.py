@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from penstock.events import Slice
 
@@ -19,10 +19,18 @@ class CloseReason(enum.Enum):
     FAILED = "failed"
 
 
+class Checkpoint(NamedTuple):
+    """A checkpoint of a processor that has its own mind of where the next event is: reading goes on at `offset`, and no event lies
+    from `sequence_number` to there. Of a mere offset the hub makes the sequence number."""
+
+    offset: str
+    sequence_number: int
+
+
 class Processor(Protocol):
     """One instance for each partition, called from one thread."""
 
-    def process(self, events: Slice) -> str | None:
+    def process(self, events: Slice) -> str | Checkpoint | None:
         """Take what was read. Returns the checkpoint: everything below this offset is done for good; None leaves it."""
         ...
 

@@ -170,6 +170,11 @@ class EventProcessorHost:
         pump = self._pumps.get(partition)
         return pump.holding.lease.epoch if pump else 0
 
+    def checkpoint(self, partition: int) -> int:
+        """The sequence number up to which the partition's processors of this host have done everything; 0 if it has none."""
+        pump = self._pumps.get(partition)
+        return pump.checkpoint if pump else 0
+
     def round(self, factory: ProcessorFactory) -> None:
         """Renew what is due, look at the rest, take what `plan` says. The thread does it `LOOKS` times in a lease time."""
         self._leaving = {p: pump for p, pump in self._leaving.items() if not pump.ended.is_set()}

@@ -182,7 +182,8 @@ class Holding:
         """Everything below is done for good. Never goes back. Raises LostRace, StoreUnavailable."""
 
         def forward(lease: Lease) -> Lease | None:
-            if sequence_number <= lease.sequence_number:
+            # The offset may go on alone, over markers.
+            if sequence_number < lease.sequence_number or int(offset) <= int(lease.offset):
                 return None
             return msgspec.structs.replace(lease, offset=offset, sequence_number=sequence_number)
 

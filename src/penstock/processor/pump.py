@@ -29,7 +29,7 @@ from penstock.errors import (
 )
 from penstock.events import Slice
 from penstock.hub import Hub
-from penstock.processor import CloseReason, Processor, ProcessorFactory
+from penstock.processor import Checkpoint, CloseReason, Processor, ProcessorFactory
 from penstock.processor.lease import Holding
 
 POLL_S = 0.25
@@ -77,7 +77,7 @@ class Pump:
         self._processor: Processor | None = None
         self._offset = holding.lease.offset
         self._markers: tuple[object, ...] = ()
-        self._due: str | None = None
+        self._due: Checkpoint | None = None
         self._checkpoint_waits = self._hub_waits = False
         self._parked: str | None = None
         self._heard_again_at = clock.monotonic()
@@ -100,6 +100,11 @@ class Pump:
     def offset(self) -> str:
         """What is read next."""
         return self._offset
+
+    @property
+    def checkpoint(self) -> int:
+        """Everything below this sequence number is done for good, if it is written in the lease yet or not."""
+        return self._due.sequence_number if self._due else self.holding.lease.sequence_number
 
     @property
     def parked(self) -> str | None:
@@ -191,7 +196,7 @@ class Pump:
             self._processor = self._factory(self.partition)
         checkpoint = self._processor.process(events)
         if checkpoint is not None:
-            self._due = _checked(checkpoint, events)
+            self._due = _checked(checkpoint, events, self._hub.place_bits)
         self._offset, self._markers = events.next_offset, markers
         self._note_progress(int(events.next_offset))
         self._settle()
@@ -212,7 +217,7 @@ class Pump:
         if self._due is None:
             return
         try:
-            self.holding.checkpoint(self._due, int(self._due) << self._hub.place_bits)
+            self.holding.checkpoint(*self._due)
         except LostRace:
             return
         except StoreUnavailable as error:
@@ -238,7 +243,7 @@ class Pump:
                 "processor failed", partition=self.partition, offset=self._offset, tries=self._tries, exc_info=error
             )
         self._close(CloseReason.FAILED)
-        self._offset = self._due or self.holding.lease.offset
+        self._offset = self._due.offset if self._due else self.holding.lease.offset
         self._markers = ()
         if self._tries >= TRIES:
             self._park(error)
@@ -271,9 +276,10 @@ def _markers_at_end(events: Slice) -> tuple[object, ...]:
     )
 
 
-def _checked(checkpoint: str, events: Slice) -> str:
-    if int(checkpoint) > int(events.next_offset):
+def _checked(given: str | Checkpoint, events: Slice, place_bits: int) -> Checkpoint:
+    checkpoint = Checkpoint(given, int(given) << place_bits) if isinstance(given, str) else given
+    if int(checkpoint.offset) > int(events.next_offset):
         raise ValueError(
-            f"process() returned the checkpoint {checkpoint}, but was given only what is below {events.next_offset}"
+            f"process() returned the checkpoint {checkpoint.offset}, but was given only what is below {events.next_offset}"
         )
     return checkpoint
