@@ -82,6 +82,7 @@ BROAD = {
     ("server/app.py", "answer"),
     ("server/housekeeping.py", "run"),
     ("server/http.py", "_admit"),
+    ("server/topic.py", "mark"),
     ("server/http.py", "_take"),
     ("server/ingest.py", "_prepare_elsewhere"),
     ("server/ingest.py", "_prepare_here"),

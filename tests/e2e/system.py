@@ -139,7 +139,7 @@ class Process:
 
 
 class System:
-    """`penstock up` on `data`. Ports are new at each start; `url` and `admin` are those of the running one.
+    """`penstock up`, or `api`, on `data`. Ports are new at each start; `url` and `admin` are those of the running one.
 
     `environment` is for all its commands, beside that of the tests. With `anonymous=False` it has keys, and `get` shows the first.
     """
@@ -156,7 +156,9 @@ class System:
         program: Sequence[str] = ("-m", "penstock"),
         environment: Mapping[str, str] | None = None,
         anonymous: bool = True,
+        command: str = "up",
     ) -> None:
+        self.command = command
         self.folder = folder
         self.environment = environment or {}
         self.data = data or folder / "data"
@@ -214,7 +216,7 @@ class System:
 
     def up_arguments(self, *more: str) -> list[str]:
         addresses = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
-        return ["up", "--data", str(self.data), *addresses, *self.options, *more]
+        return [self.command, "--data", str(self.data), *addresses, *self.options, *more]
 
     def stop(self) -> int:
         return self.up.stop()

@@ -20,6 +20,7 @@ from penstock.archive.hours import ARCHIVE_GROUP, HourKeeper
 from penstock.archive.ledger import claim
 from penstock.blobs import BlobStore
 from penstock.blobs.probe import probe
+from penstock.cli import topic
 from penstock.cli.reach import access
 from penstock.cli.wiring import Layout, open_store, part_log, reading_hub
 from penstock.clock import Clock, SystemClock
@@ -36,15 +37,21 @@ PUBLISHER_S_MAX: Final = 5.0
 
 @contextlib.contextmanager
 def host_hub(where: Layout, values: Values, url: str) -> Iterator[Hub]:
-    """What a host reads: the hub of the API at `url`, else that of the data folder. Raises SettingsError, HubUnavailable."""
+    """What a host reads: a topic, the hub of the API at `url`, or that of the data folder. Raises SettingsError, HubUnavailable."""
     if not url:
         with reading_hub(where, values) as hub:
             yield hub
         return
+    if where.topic:
+        with topic.opened(where, open_store(where), SystemClock()) as in_topic:
+            yield in_topic
+        return
     from penstock.access import is_connection_string
 
     if not url.startswith(("http://", "https://")) and not is_connection_string(url):
-        raise SettingsError(f"--hub {url}: this version knows http://HOST:PORT and https://HOST:PORT only.")
+        raise SettingsError(
+            f"--hub {url}: it is http://HOST:PORT, https://HOST:PORT, a connection string, or kafka://HOST:PORT/TOPIC."
+        )
     if values.source("store") == "default":
         raise SettingsError("With --hub the store must be named: --store, the same for all hosts of this hub.")
     from penstock.hub.remote import RemoteHub  # http.client and ssl, which workers do without
@@ -106,6 +113,7 @@ def run_host(name: str, values: Values, where: Layout, *, part: str, url: str = 
             folder=where.work,
             file_bytes_max=values.count("file-bytes-max"),
             log=log,
+            checkpoint=host.checkpoint if hub.place_bits else None,
         )
         publisher = threading.Thread(target=_publish, args=(hub, store, clock, stop, log), name="hours", daemon=True)
         publisher.start()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Flushed(msgspec.Struct):
-    """Events below `next` of each partition are in the store, if `ok`; `behind` are partitions where they are not."""
+    """Events below the offsets `next` of each partition are in the store, if `ok`; `behind` are partitions where they are not."""
 
     ok: bool
     next: list[int]
@@ -30,6 +30,7 @@ class Flushed(msgspec.Struct):
 
 class _Cut(msgspec.Struct):
     next: list[str]
+    place_bits: int = 0
 
 
 @click.command()
@@ -108,11 +109,12 @@ def flush(values: Values, as_json: bool) -> None:
     if behind:
         raise PenstockError(_reason(api, behind, result.waited_s))
     if not as_json:
-        click.echo(f"Everything until now, {sum(goals):,} events, is in hour files ({result.waited_s:.1f} s).")
+        events = "" if cut.place_bits else f", {sum(goals):,} events,"
+        click.echo(f"Everything until now{events} is in hour files ({result.waited_s:.1f} s).")
 
 
 def _await(values: Values, api: Access, goals: list[int], clock: Clock, began: float) -> list[int]:
-    """The partitions whose checkpoint did not reach its goal in time."""
+    """The partitions whose checkpoint did not reach its goal in time, as offsets: on Kafka sequence numbers do not pass markers."""
     never = threading.Event()
     while True:
         done = _checkpoints(values, api, len(goals))
@@ -127,12 +129,13 @@ def _checkpoints(values: Values, api: Access, partitions: int) -> list[int | Non
         from penstock.server.status import Status
 
         report = msgspec.json.decode(fetch(api, "/v1/status"), type=Status)
-        return [one.checkpoint for one in report.partitions]
-    from penstock.archive.hours import checkpoint
+        return [int(one.offset) if one.offset else one.checkpoint for one in report.partitions]
+    from penstock.archive.hours import archive_lease
     from penstock.cli import wiring
 
     store = wiring.open_store(wiring.layout(values))
-    return [checkpoint(store, partition) for partition in range(partitions)]
+    leases = [archive_lease(store, partition) for partition in range(partitions)]
+    return [int(lease.offset) if lease else None for lease in leases]
 
 
 def _reason(api: Access, behind: list[int], waited_s: float) -> str:

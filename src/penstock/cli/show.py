@@ -56,21 +56,14 @@ def _print_status(report: Status) -> None:
         out.print(f"PROBLEM: {problem}", style="bold red", markup=False)
     for warning in report.warnings:
         out.print(f"WARNING: {warning.code}: {warning.detail}", style="bold yellow", markup=False)
-    out.print(
-        f"hub {report.hub}: {report.totals.accepted:,} events accepted, {report.totals.archived:,} archived, "
-        f"{report.totals.lag_events:,} to go; storage {report.storage.state}, "
-        f"{report.storage.bytes_used / 2**20:,.1f} MiB of {report.storage.bytes_max / 2**30:,.1f} GiB",
-        highlight=False,
-    )
+    out.print(_headline(report), highlight=False)
     for line in _sentences(report):
         out.print(line, highlight=False)
     parts = Table("part", "pid", "since", "restarts", title="parts" if report.parts else "no part runs")
     for part in report.parts:
         parts.add_row(part.name, str(part.pid), part.since, str(part.restarts))
     out.print(parts)
-    table = Table(
-        "partition", "first", "next", "MiB", "owner", "epoch", "checkpoint", "lag events", "lag s", "time left"
-    )
+    table = Table("partition", "first", "next", "MiB", "owner", "epoch", "checkpoint", "lag", "lag s", "time left")
     for one in report.partitions:
         table.add_row(
             str(one.partition),
@@ -80,7 +73,7 @@ def _print_status(report: Status) -> None:
             one.owner or "",
             _text(one.epoch),
             _text(one.checkpoint),
-            f"{one.lag_events:,}",
+            _text(one.lag_events if one.lag_records is None else one.lag_records),
             f"{one.lag_s:,.0f}",
             "" if one.retention_left_s is None else span(one.retention_left_s),
         )
@@ -109,14 +102,25 @@ def _print_status(report: Status) -> None:
 
 def _sentences(report: Status) -> Iterator[str]:
     if report.retention:
-        yield _time_left(report.retention)
+        yield _time_left(report.retention, bounded=report.storage is not None)
     if report.throughput:
         yield f"throughput units: {in_force(report.throughput)}"
     yield "counters: " + ", ".join(f"{name} {count:,}" for name, count in report.counters.items())
 
 
-def _time_left(now: RetentionStatus) -> str:
-    """Two sentences: when events that are not archived would be deleted, and when the hub is full."""
+def _headline(report: Status) -> str:
+    totals, storage = report.totals, report.storage
+    if storage is None:
+        return f"hub {report.hub}, a Kafka topic: lags are in records, and the brokers store them"
+    return (
+        f"hub {report.hub}: {_text(totals.accepted)} events accepted, {_text(totals.archived)} archived, "
+        f"{_text(totals.lag_events)} to go; storage {storage.state}, "
+        f"{storage.bytes_used / 2**20:,.1f} MiB of {storage.bytes_max / 2**30:,.1f} GiB"
+    )
+
+
+def _time_left(now: RetentionStatus, *, bounded: bool) -> str:
+    """When events that are not archived would be deleted, and when the hub is full, if its disk is ours."""
     if now.after_s is None:
         return "retention: nothing is deleted, and nothing comes in, because no API worker runs"
     if now.left_s is None:
@@ -127,6 +131,8 @@ def _time_left(now: RetentionStatus) -> str:
         )
     else:
         kept = f"{span(now.after_s)}; the oldest event that is not archived is deleted in {span(now.left_s)}"
+    if not bounded:
+        return f"retention: {kept}"
     if now.full_in_s is None:
         return f"retention: {kept}; at the rate of the last minute the hub does not get full"
     return f"retention: {kept}; at the rate of the last minute the hub is full in {span(now.full_in_s)}"

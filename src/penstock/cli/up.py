@@ -33,7 +33,7 @@ def up(values: Values) -> None:
 @click.command()
 @settings("api")
 def api(values: Values) -> None:
-    """Run API workers alone, on a data folder that others may use too."""
+    """Run API workers alone, on a data folder that others may use too or, with --hub, on a Kafka topic from any number of machines."""
     _serve(values, whole=False)
 
 
@@ -41,12 +41,12 @@ def api(values: Values) -> None:
 @settings("host")
 def host(values: Values) -> None:
     """Run an archiver host alone, on the data folder of `up` or `api` or, with --hub, anywhere. Any number share the partitions."""
-    from penstock.cli import archiving, wiring
+    from penstock.cli import archiving, topic, wiring
     from penstock.clock import SystemClock, timestamp
     from penstock.files import Files
     from penstock.server.parts import PartState, Run, remove_run, write_run
 
-    where, files, clock = wiring.layout(values), Files(), SystemClock()
+    where, files, clock = topic.placed(wiring.layout(values), values), Files(), SystemClock()
     name, url = archiving.host_name(values), values.text("hub")
     with archiving.host_hub(where, values, url) as hub:
         archiving.claim_store(where, hub, clock)
@@ -69,6 +69,8 @@ def _serve(values: Values, *, whole: bool) -> None:
     where, files = wiring.layout(values), Files()
     log = wiring.part_log("up" if whole else "api", values)
     security.check(values, log)
+    if not whole:
+        where = _hub_of_api(where, values)
     # A lock that is there is asked before the addresses: "already runs" says more than "address in use".
     held = _hold(where, files) if whole and where.lock.exists() else None
     with contextlib.ExitStack() as closing:
@@ -114,6 +116,16 @@ def _serve(values: Values, *, whole: bool) -> None:
             announce=lambda: click.echo(_announcement(values, where, listen, admin)),
         ).run()
         remove_run(where.run, files, pid)
+
+
+def _hub_of_api(where: Layout, values: Values) -> Layout:
+    from penstock.cli import topic
+
+    if (url := values.text("hub")) and not topic.is_topic(url):
+        raise SettingsError(
+            f"--hub {url}: an API has its hub in the data folder, or in a topic, kafka://HOST:PORT/TOPIC."
+        )
+    return topic.placed(where, values)
 
 
 def _hold(where: Layout, files: Files) -> Held:

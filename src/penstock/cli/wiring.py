@@ -21,7 +21,9 @@ from penstock.blobs import BlobStore
 from penstock.blobs.connection import connect, is_url, parse_url
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
+from penstock.cli import topic
 from penstock.cli.security import certificates, make_guard
+from penstock.cli.serving import Serving
 from penstock.cli.supervisor import EXIT_HUB_BROKEN
 from penstock.clock import Clock, SystemClock, timestamp
 from penstock.errors import NotFound, SettingsError, StorageFull
@@ -45,7 +47,10 @@ UP_HOST = "up"
 
 
 class Layout(NamedTuple):
-    """What lies where in a data folder. `cloud` is the store's address where it is none of this machine's folders."""
+    """What lies where in a data folder. `cloud` is the store's address where it is none of this machine's folders.
+
+    `topic` is the hub's address where that is a Kafka topic: then DATA has what belongs to this machine alone.
+    """
 
     data: Path
     hub: Path
@@ -54,6 +59,7 @@ class Layout(NamedTuple):
     lock: Path
     store: Path
     cloud: str = ""
+    topic: str = ""
 
     @property
     def store_name(self) -> str:
@@ -116,13 +122,13 @@ def hub_of(known: Owner, where: Layout, values: Values) -> Iterator[EmbeddedHub 
 
 def prepare(where: Layout, values: Values) -> None:
     """Make hub and store, or check that they are what the settings say. Raises SettingsError and leaves them alone."""
-    if not where.cloud:
+    if not where.cloud and not where.topic:
         _prepare(where, values)
         return
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    # In a process of its own: the client of a cloud's store has threads, and after them this process must not fork.
+    # In a process of its own: the clients of a cloud's store and of Kafka have threads, and after them this process must not fork.
     with ProcessPoolExecutor(1, get_context("fork")) as apart:
         apart.submit(_prepare, where, values).result()
 
@@ -131,6 +137,9 @@ def _prepare(where: Layout, values: Values) -> None:
     if not is_field(values.text("device-field")):
         raise SettingsError(f"--device-field {values.text('device-field')!r} cannot name a field.")
     store = open_store(where)
+    if where.topic:
+        _prepare_units(where, values, topic.prepare(where, values, store))
+        return
     if not (where.hub / "data.mdb").exists() and owner(store) is not None:
         raise SettingsError(
             f"The store {where.store_name} belongs to another hub than the one to be made in {where.data}."
@@ -148,8 +157,12 @@ def _prepare(where: Layout, values: Values) -> None:
         claim(store, hub, SystemClock())
         refuse_older(store, hub)
         join(store, hub, clock=SystemClock())
-        given = values.count("throughput-units") if values.source("throughput-units") != "default" else None
-        units.prepare(where.data, where.run, hub.partitions(), given)
+        _prepare_units(where, values, hub.partitions())
+
+
+def _prepare_units(where: Layout, values: Values, partitions: int) -> None:
+    given = values.count("throughput-units") if values.source("throughput-units") != "default" else None
+    units.prepare(where.data, where.run, partitions, given)
 
 
 def make_folders(where: Layout) -> None:
@@ -210,21 +223,19 @@ def run_api(
         broken.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with EmbeddedHub(
-        where.hub,
-        bytes_max=values.count("hub-bytes-max"),
-        clock=clock,
-        held=held,
-        frame_bytes_max=values.count("frame-bytes-max"),
-    ) as hub:
-        housekeeping = Housekeeping(
-            hub,
-            store,
-            retention_s=values.seconds("retention"),
-            archived=values.text("archive") == "on",
-            clock=clock,
-            log=log,
-        )
+    with contextlib.ExitStack() as opened:
+        if where.topic:
+            in_topic = topic.opened(where, store, clock, frame_bytes_max=values.count("frame-bytes-max"))
+            serving = topic.serving(opened.enter_context(in_topic), where, store, clock, log)
+        else:
+            hub = EmbeddedHub(
+                where.hub,
+                bytes_max=values.count("hub-bytes-max"),
+                clock=clock,
+                held=held,
+                frame_bytes_max=values.count("frame-bytes-max"),
+            )
+            serving = _serving(opened.enter_context(hub), store, values, where, clock, log)
         service = Service(
             listen=[_listening(listen)],
             admin=[_listening(admin)],
@@ -235,10 +246,10 @@ def run_api(
             core=_core(number, values.count("workers")),
             certificates=certificates(values, log),
         )
-        keeper = threading.Thread(target=housekeeping.run, args=(stop, lambda _error: end()), name="housekeeping")
+        keeper = threading.Thread(target=serving.keep, args=(stop, end), name="housekeeping")
         keeper.start()
         try:
-            run_worker(service, lambda: _app(hub, store, values, where, clock, log, end), ready=lambda: None)
+            run_worker(service, lambda: _app(serving, values, where, clock, log, end), ready=lambda: None)
         finally:
             stop.set()
             keeper.join()
@@ -255,26 +266,42 @@ def _core(number: int, workers: int) -> int | None:
     return cores[number] if workers == len(cores) else None
 
 
-def _app(
-    hub: EmbeddedHub,
-    store: BlobStore,
-    values: Values,
-    where: Layout,
-    clock: Clock,
-    log: Log,
-    broken: Callable[[], None],
-) -> App:
+def _serving(hub: EmbeddedHub, store: BlobStore, values: Values, where: Layout, clock: Clock, log: Log) -> Serving:
+    housekeeping = Housekeeping(
+        hub,
+        store,
+        retention_s=values.seconds("retention"),
+        archived=values.text("archive") == "on",
+        clock=clock,
+        log=log,
+    )
+
+    def check() -> None:
+        if hub.usage().full:
+            raise StorageFull("The hub's storage is full: new events are refused.")
+
+    return Serving(
+        hub,
+        groups=hub.groups,
+        status=lambda throughput: build_status(hub, store, run_folder=where.run, clock=clock, throughput=throughput),
+        producer=lambda producer, owner: _producer(hub, producer, owner),
+        check=check,
+        keep=lambda stop, broken: housekeeping.run(stop, lambda _error: broken()),
+    )
+
+
+def _app(serving: Serving, values: Values, where: Layout, clock: Clock, log: Log, broken: Callable[[], None]) -> App:
     import asyncio
 
     router = Router(
-        hub.partitions(),
+        serving.hub.partitions(),
         events_max=values.count("batch-events-max"),
         event_bytes_max=values.count("event-bytes-max"),
         frame_bytes_max=values.count("frame-bytes-max"),
     )
-    shared, buckets = units.open_buckets(where.data, where.run, Files(), hub.partitions())
+    shared, buckets = units.open_buckets(where.data, where.run, Files(), serving.hub.partitions())
     ingest = Ingest(
-        hub,
+        serving.hub,
         router,
         clock,
         log,
@@ -288,24 +315,13 @@ def _app(
     ingest.start(asyncio.get_running_loop())
 
     def status() -> Mapping[str, object]:
-        throughput = units.report(buckets, clock)
-        report = msgspec.to_builtins(build_status(hub, store, run_folder=where.run, clock=clock, throughput=throughput))
+        report = msgspec.to_builtins(serving.status(units.report(buckets, clock)))
         assert isinstance(report, dict)
         return report
 
-    def check() -> None:
-        if hub.usage().full:
-            raise StorageFull("The hub's storage is full: new events are refused.")
-
     return make_app(
         ingest,
-        Reads(
-            hub,
-            groups=hub.groups,
-            status=status,
-            producer=lambda producer, owner: _producer(hub, producer, owner),
-            check=check,
-        ),
+        Reads(serving.hub, groups=serving.groups, status=status, producer=serving.producer, check=serving.check),
         close=ingest.close,
         log=log,
         units=units.Units(where.data, where.run, Files(), shared, buckets, clock),

@@ -55,12 +55,13 @@ class Partition(msgspec.Struct, frozen=True):
     enqueued_last: str | None
 
 
-class Partitions(msgspec.Struct, frozen=True):
-    """`period_s` is the length of an hour file."""
+class Partitions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`period_s` is the length of an hour file. `place_bits`: a record's sequence number is its offset times 2 to that."""
 
     hub: str
     period_s: int
     partitions: Sequence[Partition]
+    place_bits: int = 0
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -99,10 +100,11 @@ class Producer(msgspec.Struct, frozen=True):
     kept: Sequence[KeptBatch]
 
 
-class Cut(msgspec.Struct, frozen=True):
-    """The offset behind the cut, for each partition."""
+class Cut(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The offset behind the cut, for each partition. `place_bits` as in Partitions."""
 
     next: Sequence[str]
+    place_bits: int = 0
 
 
 class Forgotten(msgspec.Struct, frozen=True):

@@ -84,7 +84,7 @@ class Reads:
 
     def partitions(self, _request: Request, _names: Names) -> Response:
         every = [self._bounds(number) for number in range(self._hub.partitions())]
-        return self._json(Partitions(self._hub.id, self._hub.period_s, every))
+        return self._json(Partitions(self._hub.id, self._hub.period_s, every, self._hub.place_bits))
 
     def partition(self, request: Request, names: Names) -> Response:
         number = self._number(names[0])
@@ -104,7 +104,7 @@ class Reads:
         return self._json(Place(partition, self._hub.locate(partition, at_ms)))
 
     def cut(self, _request: Request, _names: Names) -> Response:
-        return json(Cut(self._hub.cut()))
+        return json(Cut(self._hub.cut(), self._hub.place_bits))
 
     def forget(self, _request: Request, names: Names) -> Response:
         if not self._groups.forget(names[0]):
@@ -200,9 +200,9 @@ class Reads:
 
     def _offset(self, partition: int, start: str) -> str:
         if start == "start":
-            return str(self._hub.bounds(partition).first)
+            return str(self._hub.bounds(partition).first >> self._hub.place_bits)
         if start == "end":
-            return str(self._hub.bounds(partition).next)
+            return str(self._hub.bounds(partition).next >> self._hub.place_bits)
         number = _whole(start)
         if number is None:
             raise BadParameter("The parameter `from` is a sequence number, `start` or `end`.", parameter="from")

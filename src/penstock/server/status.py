@@ -53,7 +53,7 @@ class PartitionStatus(msgspec.Struct, frozen=True):
 
     `lag_bytes` is an estimate; `lag_s` the age of the oldest event that is not archived, and `retention_left_s` the time
     until that is as old as the retention: None if there is no such event, or nothing is deleted. `token` is new whenever the
-    lease was written.
+    lease was written. In a Kafka topic records are counted, frames and markers: `lag_records`, and `lag_events` is None (topic.py).
     """
 
     partition: int
@@ -65,11 +65,12 @@ class PartitionStatus(msgspec.Struct, frozen=True):
     epoch: int | None
     offset: str | None
     checkpoint: int | None
-    lag_events: int
-    lag_bytes: int
+    lag_events: int | None
+    lag_bytes: int | None
     lag_s: float
     retention_left_s: float | None = None
     token: str | None = None
+    lag_records: int | None = None
 
 
 class Storage(msgspec.Struct, frozen=True):
@@ -93,9 +94,11 @@ class RetentionStatus(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    accepted: int
-    archived: int
-    lag_events: int
+    """None where the hub does not count events."""
+
+    accepted: int | None
+    archived: int | None
+    lag_events: int | None
 
 
 class GroupStatus(msgspec.Struct, frozen=True):
@@ -117,7 +120,7 @@ class Warned(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """`ok` is false when `problems` names any. `groups` are those that read over HTTP."""
+    """`ok` is false when `problems` names any. `groups` are those that read over HTTP. `storage` is None where it is the brokers'."""
 
     ok: bool
     problems: Sequence[str]
@@ -125,7 +128,7 @@ class Status(msgspec.Struct, frozen=True):
     hub: str
     period_s: int
     totals: Totals
-    storage: Storage
+    storage: Storage | None
     counters: Mapping[str, int]
     parts: Sequence[PartState]
     partitions: Sequence[PartitionStatus]
@@ -140,9 +143,9 @@ def build_status(
 ) -> Status:
     """Reads the hub, the leases and DATA/run; a store that does not answer is a problem in it, not an error."""
     problems: list[str] = []
-    leases = _leases(hub, store, problems)
+    leases = archive_leases(hub, store, problems)
     runs = read_runs(run_folder)
-    retention = _in_force(runs)
+    retention = in_force(runs)
     readers = hub.groups.all()
     # An archiver that reads over HTTP may have its leases in a store that is not ours.
     remote = {reader.partition: reader.progress for reader in readers if reader.group == ARCHIVE_GROUP}
@@ -162,7 +165,7 @@ def build_status(
         totals=Totals(
             accepted=sum(one.next for one in partitions),
             archived=sum(one.checkpoint or 0 for one in partitions),
-            lag_events=sum(one.lag_events for one in partitions),
+            lag_events=sum(one.lag_events or 0 for one in partitions),
         ),
         storage=Storage(usage.used, usage.limit, "full" if usage.full else "ok"),
         counters=hub.counters(),
@@ -185,7 +188,8 @@ def _warnings(usage: HubUsage, throughput: Throughput | None) -> Iterator[Warned
         )
 
 
-def _leases(hub: Hub, store: BlobStore, problems: list[str]) -> Sequence[Lease | None]:
+def archive_leases(hub: Hub, store: BlobStore, problems: list[str]) -> Sequence[Lease | None]:
+    """The archive's; what cannot be read is named in `problems`."""
     try:
         return read_leases(
             store,
@@ -257,7 +261,7 @@ def _age_s(hub: Hub, partition: int, number: int, clock: Clock) -> float:
     return max(0.0, (clock.now_ms() - since_ms) / 1000)
 
 
-def _in_force(runs: Sequence[Run]) -> Retention | None:
+def in_force(runs: Sequence[Run]) -> Retention | None:
     """Each run's workers delete by their own settings, so the hardest ones count."""
     found = [run.retention for run in runs if run.retention]
     if not found:

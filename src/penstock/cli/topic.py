@@ -1,0 +1,130 @@
+"""The hub in a Kafka topic, built from settings: for API workers and for hosts, on any number of machines.
+
+The period and the number of partitions stand in the store's `_hub.json`, which the first API makes; the topic's own id is the hub's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from penstock.archive.begin import join
+from penstock.archive.hours import refuse_older
+from penstock.archive.ledger import claim, owner
+from penstock.blobs import BlobStore
+from penstock.blobs.probe import probe
+from penstock.cli.serving import Serving
+from penstock.clock import Clock, SystemClock
+from penstock.errors import SettingsError
+from penstock.server.topic import NoGroups, build_topic_status, mark
+from penstock.settings import Values
+from penstock.telemetry.log import Log
+from penstock.wire.frame import FRAME_BYTES_MAX
+
+if TYPE_CHECKING:
+    from penstock.cli.wiring import Layout
+    from penstock.hub.kafka import KafkaHub
+    from penstock.hub.kafka_cluster import Address
+
+SCHEME = "kafka://"
+
+
+def is_topic(url: str) -> bool:
+    """Whether it names a topic, well or badly."""
+    return url.startswith(SCHEME)
+
+
+def _address(url: str) -> Address:
+    """Raises SettingsError."""
+    try:
+        from penstock.hub.kafka_cluster import parse_url
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"--hub {url} needs the package {error.name}: install it with `pip install 'penstock[kafka]'`."
+        ) from error
+    return parse_url(url)
+
+
+def placed(where: Layout, values: Values) -> Layout:
+    """Where an API or host has its hub: `where`, with the topic if `--hub` names one. Raises SettingsError."""
+    url = values.text("hub")
+    if not is_topic(url):
+        return where
+    if values.source("store") == "default":
+        raise SettingsError("With --hub the store must be named: --store, the same for all APIs and hosts of this hub.")
+    if (where.hub / "data.mdb").exists():
+        raise SettingsError(
+            f"There is an embedded hub in {where.data}: give --data another folder for what belongs to this machine."
+        )
+    return where._replace(topic=str(_address(url)))
+
+
+def prepare(where: Layout, values: Values, store: BlobStore) -> int:
+    """Make topic and store, or check that they are as the settings say; the number of partitions. Raises SettingsError, HubUnavailable."""
+    from penstock.hub.kafka import KafkaHub
+    from penstock.hub.kafka_cluster import Cluster, create
+
+    probe(store, name=where.store_name)
+    address, period_s = _address(where.topic), int(values.seconds("period"))
+    cluster = Cluster(address.servers)
+    create(
+        cluster,
+        address.topic,
+        partitions=values.count("partitions"),
+        replicas=values.count("replicas"),
+        in_sync=values.count("in-sync-replicas"),
+        retention_s=values.seconds("retention"),
+    )
+    with KafkaHub(cluster, address.topic, period_s=period_s, clock=SystemClock()) as hub:
+        claim(store, hub, SystemClock())
+        refuse_older(store, hub)
+        join(store, hub, clock=SystemClock())
+        return hub.partitions()
+
+
+@contextlib.contextmanager
+def opened(
+    where: Layout, store: BlobStore, clock: Clock, *, frame_bytes_max: int = FRAME_BYTES_MAX
+) -> Iterator[KafkaHub]:
+    """The hub of a store that an API has made. Raises SettingsError, HubUnavailable."""
+    address = _address(where.topic)
+    from penstock.hub.kafka import KafkaHub
+    from penstock.hub.kafka_cluster import Cluster
+
+    known = owner(store)
+    if known is None:
+        raise SettingsError(
+            f"The store {where.store_name} is nobody's: start `penstock api --hub {where.topic} --store {where.store_name}` first."
+        )
+    cluster = Cluster(address.servers)
+    with KafkaHub(cluster, address.topic, period_s=known.period, clock=clock, frame_bytes_max=frame_bytes_max) as hub:
+        if hub.id != known.hub:
+            raise SettingsError(
+                f"The store {where.store_name} belongs to another hub than the topic {address.topic}: "
+                "a topic that is made again is another."
+            )
+        if hub.partitions() != known.partitions:
+            raise SettingsError(
+                f"The topic {address.topic} was made with {known.partitions} partitions and has {hub.partitions()}. A device's partition "
+                "follows from their number, so that devices have moved: nothing was started. Go on with a new topic and a new store."
+            )
+        yield hub
+
+
+def serving(hub: KafkaHub, where: Layout, store: BlobStore, clock: Clock, log: Log) -> Serving:
+    """What a worker serves of it."""
+
+    def check() -> None:
+        hub.bounds(0)
+
+    return Serving(
+        hub,
+        groups=NoGroups(),
+        status=lambda throughput: build_topic_status(
+            hub, store, run_folder=where.run, clock=clock, throughput=throughput
+        ),
+        producer=lambda _producer, _owner: None,
+        check=check,
+        keep=lambda stop, _broken: mark(hub, stop, clock, log),
+    )
