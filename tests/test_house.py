@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "growing": set(),
     "sas": set(),
     "access": {"errors", "clock", "sas"},
-    "settings": {"errors"},
+    "kinds": {"errors"},
+    "settings": {"errors", "kinds"},
     "wire": BASE,
     "hub": BASE | {"wire"},
     "blobs": BASE | {"wire"},
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The composition root of programs that run their own processors, as cli/wiring.py is that of the commands.
     "hosting": BASE | {"wire", "hub", "blobs", "processor", "telemetry"},
     "cli": BASE
-    | {"settings", "wire", "hub", "blobs", "processor", "archive", "telemetry", "server", "client", "hosting"},
+    | {"settings", "kinds", "wire", "hub", "blobs", "processor", "archive", "telemetry", "server", "client", "hosting"},
     "__init__": {"errors", "events", "client", "hosting", "processor"},
     "__main__": {"cli"},
 }

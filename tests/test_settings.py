@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import SettingsError
-from penstock.settings import SETTINGS, Address, Kind, Values, document, load, parse, text_bytes, text_seconds
+from penstock.kinds import Address, Kind, parse, text_bytes, text_seconds
+from penstock.settings import SETTINGS, Values, document, load
 
 ROOT = Path(__file__).parent.parent
 

@@ -117,6 +117,16 @@ def is_connection_string(text: str) -> bool:
 
 def connection_string(text: str) -> ConnectionString:
     """Raises SettingsError, which never repeats what may hold a key."""
+    fields = connection_string_fields(text)
+    scheme, _, rest = fields["endpoint"].partition("://")
+    if scheme.lower() == "sb":
+        # As https first, for which an address has to make sense at all.
+        scheme = "http" if is_loopback(address(f"https://{rest}").hostname or "") else "https"
+    return ConnectionString(f"{scheme}://{rest}", fields["sharedaccesskeyname"], fields["sharedaccesskey"])
+
+
+def connection_string_fields(text: str) -> dict[str, str]:
+    """What is in a connection string, by names in lower case; those that every one must have are there. Raises SettingsError likewise."""
     fields: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
         name, _, value = part.partition("=")
@@ -126,11 +136,7 @@ def connection_string(text: str) -> ConnectionString:
     ]
     if lacking:
         raise SettingsError(f"The connection string has no {' and no '.join(lacking)}.")
-    scheme, _, rest = fields["endpoint"].partition("://")
-    if scheme.lower() == "sb":
-        # As https first, for which an address has to make sense at all.
-        scheme = "http" if is_loopback(address(f"https://{rest}").hostname or "") else "https"
-    return ConnectionString(f"{scheme}://{rest}", fields["sharedaccesskeyname"], fields["sharedaccesskey"])
+    return fields
 
 
 def address(url: str) -> SplitResult:

@@ -7,52 +7,15 @@ seconds) and sizes as `64KiB`, `1MiB`, `64GiB`, `10MB` (a bare number is bytes).
 
 from __future__ import annotations
 
-import enum
-import ipaddress
-import os
 import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from penstock.errors import SettingsError
-
-DAY_S = 86_400
-KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
-
-
-class Kind(enum.Enum):
-    """How the text of a setting is read."""
-
-    TEXT = "text"
-    PATH = "path"
-    ADDRESS = "address"
-    CHOICE = "choice"
-    COUNT = "count"
-    SIZE = "size"
-    DURATION = "duration"
-    FLAG = "flag"
-
-
-class Address(NamedTuple):
-    """Where a socket listens. Port 0 lets the system choose."""
-
-    host: str
-    port: int
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this very machine can reach it."""
-        return ipaddress.ip_address(self.host).is_loopback
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-Value = str | int | float | bool | Address
+from penstock.kinds import DAY_S, Address, Kind, Value, parse, text_seconds
 
 
 @dataclass(frozen=True)
@@ -72,7 +35,8 @@ class Setting:
 
     @property
     def option(self) -> str:
-        return f"--{self.flag or self.name}"
+        """Empty where there is none."""
+        return "" if self.kind is Kind.SECRET else f"--{self.flag or self.name}"
 
     @property
     def variable(self) -> str:
@@ -84,7 +48,9 @@ _HOST = ("up", "host")
 _SERVE = ("up", "api", "host")
 _LOOK = ("status", "leases", "why", "audit", "verify", "flush")
 _DEAD = ("dead", "dead-fix", "dead-replay")
+_TOPIC = ("api", "host")
 _HTTP = ("send", "simulate", "status", "leases", "flush", "units", "dead-replay")
+_FAR = tuple(dict.fromkeys((*_HTTP, *_TOPIC)))
 _KEYS = ("key-create", "key-list", "key-revoke", "token")
 _K = Kind
 
@@ -98,16 +64,26 @@ SETTINGS: tuple[Setting, ...] = (
             (*_HTTP, "key-create", "token")),
     Setting("hub", _K.TEXT, "",
             "The hub: a Kafka topic, `kafka://HOST:PORT[,HOST:PORT]/TOPIC`, or, for a host, the API that has it, `http://HOST:PORT` or a "
-            "connection string. Default: the hub in the data folder.", ("api", "host")),
+            "connection string. Default: the hub in the data folder.", _TOPIC),
+    Setting("kafka-security", _K.CHOICE, "plaintext",
+            "How the Kafka brokers are spoken to; with a connection string of Event Hubs it is `sasl_ssl`.",
+            _TOPIC, choices=("plaintext", "ssl", "sasl_plaintext", "sasl_ssl")),
+    Setting("kafka-mechanism", _K.CHOICE, "PLAIN", "How the brokers are shown the password.",
+            _TOPIC, choices=("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")),
+    Setting("kafka-user", _K.TEXT, "", "Who this is to the brokers, where they ask for a password.", _TOPIC),
+    Setting("kafka-password", _K.SECRET, "",
+            "The password, or a connection string of Azure Event Hubs. Never on a command line, where all see it.", _TOPIC),
+    Setting("kafka-password-file", _K.PATH, "", "The file that it lies in; wins over `kafka-password`.", _TOPIC),
     Setting("replicas", _K.COUNT, "3", "Copies of a Kafka topic that is made; one that is there must have as many.",
             ("api",), "", "1", "32"),
     Setting("in-sync-replicas", _K.COUNT, "2", "Copies that a Kafka topic's brokers must have written before an event is accepted.",
             ("api",), "", "1", "32"),
     Setting("key", _K.TEXT, "",
             "The key that opens the API. Default: DATA/key, for what runs on the data folder and on loopback addresses.", (*_HTTP, "host")),
-    Setting("ca", _K.PATH, "", "Certificates (PEM) that the API's is checked against. Default: those of the system.", (*_HTTP, "host")),
-    Setting("certificate", _K.PATH, "", "The certificate (PEM) that is shown to an API that asks for one.", (*_HTTP, "host")),
-    Setting("certificate-key", _K.PATH, "", "Its private key, if it lies in another file.", (*_HTTP, "host")),
+    Setting("ca", _K.PATH, "", "Certificates (PEM) that the API's or a Kafka broker's is checked against. Default: those of the system.",
+            _FAR),
+    Setting("certificate", _K.PATH, "", "The certificate (PEM) that is shown to an API or a Kafka broker that asks for one.", _FAR),
+    Setting("certificate-key", _K.PATH, "", "Its private key, if it lies in another file.", _FAR),
     Setting("listen", _K.ADDRESS, "127.0.0.1:8480", "Where the API listens; port 0 is any free one.", _API),
     Setting("admin", _K.ADDRESS, "127.0.0.1:8481", "Where health, status and flush are served; loopback only.", _API),
     Setting("workers", _K.COUNT, "cores", "API worker processes.", _API, "processes", "1", "64"),
@@ -309,63 +285,6 @@ def _read(setting: Setting, text: str, where: str) -> Value:
     return value
 
 
-def parse(kind: Kind, text: str) -> Value:
-    """The value of a text. Raises SettingsError with half a sentence."""
-    match kind:
-        case Kind.COUNT:
-            if text == "cores":
-                return os.cpu_count() or 1
-            if text == "none":
-                return 0
-            if not re.fullmatch(r"[0-9]{1,18}", text):
-                raise SettingsError("it must be a whole number")
-            return int(text)
-        case Kind.SIZE:
-            return text_bytes(text)
-        case Kind.DURATION:
-            return text_seconds(text)
-        case Kind.ADDRESS:
-            return _address(text)
-        case Kind.FLAG:
-            if text.lower() in ("1", "true", "yes", "on"):
-                return True
-            if text.lower() in ("", "0", "false", "no", "off"):
-                return False
-            raise SettingsError("it must be yes or no")
-        case _:
-            return text
-
-
-def text_seconds(text: str) -> float:
-    """`250ms`, `30s`, `10m`, `1h`, `7d`; a bare number is seconds."""
-    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ms|s|m|h|d|)", text)
-    if not match:
-        raise SettingsError("it must be a duration such as 250ms, 30s, 10m, 1h or 7d")
-    scale = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": float(DAY_S)}
-    return float(match[1]) * scale[match[2]]
-
-
-def text_bytes(text: str) -> int:
-    """`64KiB`, `1MiB`, `64GiB`, `1TiB`, `10kB`, `10MB`, `1GB`; a bare number is bytes."""
-    match = re.fullmatch(r"([0-9]{1,18})(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB|)", text)
-    if not match:
-        raise SettingsError("it must be a size such as 64KiB, 1MiB or 64GiB")
-    scale = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    scale |= {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
-    return int(match[1]) * scale[match[2]]
-
-
-def _address(text: str) -> Address:
-    match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", text)
-    if not match or int(match[3]) > 65_535:
-        raise SettingsError("it must be HOST:PORT")
-    host = "127.0.0.1" if match[2] == "localhost" else match[1] or match[2]
-    try:
-        return Address(str(ipaddress.ip_address(host)), int(match[3]))
-    except ValueError:
-        raise SettingsError("its host must be an IP address, 0.0.0.0 for all of this machine, or localhost") from None
-
-
 def document() -> str:
     """docs/settings.md."""
     lines = [
@@ -385,7 +304,8 @@ def document() -> str:
         limits = f"{setting.least} … {setting.most}" if setting.least else " · ".join(f"`{c}`" for c in setting.choices)
         kind = f"{setting.kind.value}, {setting.unit}" if setting.unit else setting.kind.value
         default = f"`{setting.default}`" if setting.default else ""
-        cells = [f"`{setting.name}`", f"`{setting.option}`", f"`{setting.variable}`", kind, default, limits]
+        flag = f"`{setting.option}`" if setting.option else ""
+        cells = [f"`{setting.name}`", flag, f"`{setting.variable}`", kind, default, limits]
         cells += [" ".join(setting.commands), setting.help]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ import msgspec
 
 from penstock.cli.options import as_json, console, settings, url_beats_data
 from penstock.errors import SettingsError
-from penstock.settings import text_bytes, text_seconds
+from penstock.kinds import text_bytes, text_seconds
 
 if TYPE_CHECKING:
     from penstock.server.keys import Key, Keys, RightName

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from penstock.settings import Kind, Setting, Values, load, of_command
+from penstock.kinds import Kind
+from penstock.settings import Setting, Values, load, of_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,14 +30,15 @@ def settings(command: str) -> Callable[[Command], Command]:
 
         @functools.wraps(function)
         def call(config: Path | None, **options: Any) -> None:
-            flags = {name: options.pop(variable) for variable, name in names.items()}
+            flags = {name: options.pop(variable, None) for variable, name in names.items()}
             function(values=load(command, flags, os.environ, config), **options)
 
         decorated: Command = click.option(
             "--config", type=click.Path(path_type=Path), help="Settings file. [default: penstock.toml, if it is there]"
         )(call)
         for setting in reversed(tuple(of_command(command))):
-            decorated = _option(setting)(decorated)
+            if setting.option:
+                decorated = _option(setting)(decorated)
         return decorated
 
     return decorate

@@ -11,9 +11,10 @@ from penstock.errors import SettingsError
 
 if TYPE_CHECKING:
     from penstock.clock import Clock
+    from penstock.kinds import Address
     from penstock.server.auth import Guard
     from penstock.server.tls import Certificates
-    from penstock.settings import Address, Values
+    from penstock.settings import Values
     from penstock.telemetry.log import Log
 
 _TLS = ("tls-key", "tls-client-ca")

@@ -25,7 +25,7 @@ from penstock.wire.frame import FRAME_BYTES_MAX
 if TYPE_CHECKING:
     from penstock.cli.wiring import Layout
     from penstock.hub.kafka import KafkaHub
-    from penstock.hub.kafka_cluster import Address
+    from penstock.hub.kafka_cluster import Address, Cluster
 
 SCHEME = "kafka://"
 
@@ -37,13 +37,16 @@ def is_topic(url: str) -> bool:
 
 def _address(url: str) -> Address:
     """Raises SettingsError."""
-    try:
-        from penstock.hub.kafka_cluster import parse_url
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"--hub {url} needs the package {error.name}: install it with `pip install 'penstock[kafka]'`."
-        ) from error
+    from penstock.hub.kafka_cluster import parse_url
+
     return parse_url(url)
+
+
+def _cluster(where: Layout) -> Cluster:
+    """The brokers of the topic. Raises SettingsError, HubUnavailable."""
+    from penstock.hub.kafka_cluster import Cluster
+
+    return Cluster(_address(where.topic).servers, where.security)
 
 
 def placed(where: Layout, values: Values) -> Layout:
@@ -57,17 +60,24 @@ def placed(where: Layout, values: Values) -> Layout:
         raise SettingsError(
             f"There is an embedded hub in {where.data}: give --data another folder for what belongs to this machine."
         )
-    return where._replace(topic=str(_address(url)))
+    try:
+        from penstock.cli.brokers import reached
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"--hub {url} needs the package {error.name}: install it with `pip install 'penstock[kafka]'`."
+        ) from error
+    address, security = reached(url, values)
+    return where._replace(topic=str(address), security=security)
 
 
 def prepare(where: Layout, values: Values, store: BlobStore) -> int:
     """Make topic and store, or check that they are as the settings say; the number of partitions. Raises SettingsError, HubUnavailable."""
     from penstock.hub.kafka import KafkaHub
-    from penstock.hub.kafka_cluster import Cluster, create
+    from penstock.hub.kafka_cluster import create
 
     probe(store, name=where.store_name)
     address, period_s = _address(where.topic), int(values.seconds("period"))
-    cluster = Cluster(address.servers)
+    cluster = _cluster(where)
     create(
         cluster,
         address.topic,
@@ -90,14 +100,13 @@ def opened(
     """The hub of a store that an API has made. Raises SettingsError, HubUnavailable."""
     address = _address(where.topic)
     from penstock.hub.kafka import KafkaHub
-    from penstock.hub.kafka_cluster import Cluster
 
     known = owner(store)
     if known is None:
         raise SettingsError(
             f"The store {where.store_name} is nobody's: start `penstock api --hub {where.topic} --store {where.store_name}` first."
         )
-    cluster = Cluster(address.servers)
+    cluster = _cluster(where)
     with KafkaHub(cluster, address.topic, period_s=known.period, clock=clock, frame_bytes_max=frame_bytes_max) as hub:
         if hub.id != known.hub:
             raise SettingsError(

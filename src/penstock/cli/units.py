@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @settings("units")
 def units(values: Values, number: str | None, as_json: bool) -> None:
     """What may come in, and what does; with N, change it in what runs: 1,000 events or 1 MB a second for each unit."""
+    from penstock.kinds import Kind, parse
     from penstock.server.units import Throughput
-    from penstock.settings import Kind, parse
 
     try:
         wanted = None if number is None else parse(Kind.COUNT, number)

@@ -17,8 +17,9 @@ from penstock.errors import SettingsError
 if TYPE_CHECKING:
     from penstock.cli.wiring import Layout
     from penstock.files import Files, Held
+    from penstock.kinds import Address
     from penstock.server.parts import PartState
-    from penstock.settings import Address, Values
+    from penstock.settings import Values
 
 _ORPHANS_S = 5.0
 

@@ -30,6 +30,8 @@ from penstock.errors import NotFound, SettingsError, StorageFull
 from penstock.files import Files
 from penstock.hub import embedded
 from penstock.hub.embedded import EmbeddedHub
+from penstock.hub.kafka_security import Security
+from penstock.kinds import Address
 from penstock.server import units
 from penstock.server.answers import KeptBatch, Producer, Range
 from penstock.server.app import App, Service, make_app, run_worker
@@ -39,7 +41,7 @@ from penstock.server.parser import Limits
 from penstock.server.quota import Quota
 from penstock.server.read import Reads
 from penstock.server.status import build_status
-from penstock.settings import Address, Values
+from penstock.settings import Values
 from penstock.telemetry.log import Log, open_log
 from penstock.wire.route import Router, is_field
 
@@ -49,7 +51,8 @@ UP_HOST = "up"
 class Layout(NamedTuple):
     """What lies where in a data folder. `cloud` is the store's address where it is none of this machine's folders.
 
-    `topic` is the hub's address where that is a Kafka topic: then DATA has what belongs to this machine alone.
+    `topic` is the hub's address where that is a Kafka topic, and `security` what opens its brokers: then DATA has what belongs to this
+    machine alone.
     """
 
     data: Path
@@ -60,6 +63,7 @@ class Layout(NamedTuple):
     store: Path
     cloud: str = ""
     topic: str = ""
+    security: Security | None = None
 
     @property
     def store_name(self) -> str:

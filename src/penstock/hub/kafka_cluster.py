@@ -19,6 +19,7 @@ from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, NewT
 
 from penstock.clock import Clock, SystemClock
 from penstock.errors import HubUnavailable, SettingsError
+from penstock.hub.kafka_security import Security
 
 DELIVERY_S: Final = 8.0
 """A record that is not acknowledged within this is given up, and its batches are answered 503: longer than a leader's election."""
@@ -84,7 +85,13 @@ class Cluster:
     """Makes clients, asks the brokers. Thread-safe. `delivery_s`: a record's time to be acknowledged; `answer_s`: any other answer's."""
 
     def __init__(
-        self, servers: str, *, delivery_s: float = DELIVERY_S, answer_s: float = ANSWER_S, clock: Clock | None = None
+        self,
+        servers: str,
+        security: Security | None = None,
+        *,
+        delivery_s: float = DELIVERY_S,
+        answer_s: float = ANSWER_S,
+        clock: Clock | None = None,
     ) -> None:
         self.servers = servers
         self.clock = clock or SystemClock()
@@ -97,6 +104,7 @@ class Cluster:
             "log_level": 0,  # what matters is raised; without a broker there would be 20 lines a second
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 1000,
+            **(security or Security()).options(),
         }
         self.admin = AdminClient(self._shared)
 
