@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests import emulators, kafka_broker
+from tests import emulators, kafka_broker, kafka_doors
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 
@@ -49,7 +49,14 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[emulators.Emulato
 
 
 @pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kafka_broker.Brokers]:
+def doors(tmp_path_factory: pytest.TempPathFactory) -> kafka_doors.Doors:
+    """Of the Kafka broker: the ways in that are not open to everyone."""
+    return kafka_doors.Doors(tmp_path_factory.mktemp("doors"))
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory, doors: kafka_doors.Doors) -> Iterator[kafka_broker.Brokers]:
     """One Kafka broker for all tests of a run; each takes a topic of its own."""
-    with kafka_broker.brokers(tmp_path_factory.mktemp("kafka")) as running:
+    with kafka_broker.brokers(tmp_path_factory.mktemp("kafka"), before=doors.hang) as running:
+        doors.make_users(running.servers)
         yield running

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,15 @@ class Node:
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True)
         self._settings.write_text(settings)
+
+    def set(self, lines: str) -> None:
+        """More settings, before it starts; of two of a name the last counts."""
+        with self._settings.open("a") as settings:
+            settings.write(lines)
+
+    def setting(self, name: str) -> str:
+        lines = self._settings.read_text().splitlines()
+        return [line.partition("=")[2] for line in lines if line.startswith(f"{name}=")][-1]
 
     def format(self, cluster: str) -> None:
         done = subprocess.run(
@@ -143,14 +152,16 @@ def made_topic(at: Brokers, partitions: int) -> tuple[Cluster, str]:
 
 
 @contextlib.contextmanager
-def brokers(folder: Path, count: int = 1) -> Iterator[Brokers]:
-    """`count` brokers with their data in `folder`. Skips the test when this machine cannot have them."""
+def brokers(folder: Path, count: int = 1, *, before: Callable[[Node], None] | None = None) -> Iterator[Brokers]:
+    """`count` brokers with their data in `folder`; `before` each starts. Skips the test when this machine cannot have them."""
     pytest.importorskip("confluent_kafka", reason="confluent-kafka is not installed: pip install 'penstock[kafka]'")
     _install()
     for attempt in range(_TRIES):
         made = _made(folder / str(attempt), count)
         try:
             for node in made.nodes:
+                if before is not None:
+                    before(node)
                 node.start()
             try:
                 made.wait()
@@ -166,7 +177,7 @@ def brokers(folder: Path, count: int = 1) -> Iterator[Brokers]:
 
 
 def _made(folder: Path, count: int) -> Brokers:
-    ports = _free_ports(2 * count)
+    ports = free_ports(2 * count)
     voters = ",".join(f"{number + 1}@127.0.0.1:{ports[count + number]}" for number in range(count))
     nodes = [
         Node(
@@ -215,7 +226,8 @@ log.cleaner.dedupe.buffer.size=16777216
 """
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Of 127.0.0.1."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

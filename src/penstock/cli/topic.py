@@ -43,10 +43,12 @@ def _address(url: str) -> Address:
 
 
 def _cluster(where: Layout) -> Cluster:
-    """The brokers of the topic. Raises SettingsError, HubUnavailable."""
+    """The brokers of the topic, which let this process in. Raises SettingsError, HubUnavailable."""
     from penstock.hub.kafka_cluster import Cluster
 
-    return Cluster(_address(where.topic).servers, where.security)
+    cluster = Cluster(_address(where.topic).servers, where.security)
+    cluster.check()
+    return cluster
 
 
 def placed(where: Layout, values: Values) -> Layout:

@@ -29,7 +29,7 @@ from penstock.errors import FrameDamaged, HubError, NotFound, SettingsError
 from penstock.events import Appended, Batch, Bounds, Frame, FrameKind, Slice
 from penstock.hub import Refused
 from penstock.hub.duplicates import Share, pack_shares
-from penstock.hub.kafka_cluster import Cluster, described, unavailable
+from penstock.hub.kafka_cluster import Cluster, described
 from penstock.hub.kafka_reading import Readers
 from penstock.hub.kafka_writing import SHARES, Outgoing, Writer
 from penstock.wire import frame
@@ -209,7 +209,7 @@ class KafkaHub:
                 lambda: self._cluster.admin.list_offsets(ask, request_timeout=self._cluster.answer_s)
             )
         except KafkaException as error:
-            raise unavailable(self._cluster.servers, error) from error
+            raise self._cluster.unavailable(error) from error
         return {place.partition: info for place, info in found.items()}
 
     def _number(self, partition: int, offset: str) -> int:

@@ -19,7 +19,8 @@ from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, NewT
 
 from penstock.clock import Clock, SystemClock
 from penstock.errors import HubUnavailable, SettingsError
-from penstock.hub.kafka_security import Security
+from penstock.hub.kafka_security import Option, Security
+from penstock.hub.kafka_trouble import Trouble
 
 DELIVERY_S: Final = 8.0
 """A record that is not acknowledged within this is given up, and its batches are answered 503: longer than a leader's election."""
@@ -27,6 +28,8 @@ ANSWER_S: Final = 5.0
 PATIENCE_S: Final = 5.0
 KNOWN_S: Final = 3.0
 RETRY_S: Final = 0.1
+OTHERS_S: Final = 1.0
+_POLL_S: Final = 0.05
 RETRY_AFTER_S: Final = 2.0
 RECORD_BYTES_MIN: Final = 1_000_000
 """What the topic must take: a frame with its sources is smaller. Azure Event Hubs takes 1 MiB."""
@@ -45,8 +48,12 @@ _FINAL = frozenset(
         KafkaError.POLICY_VIOLATION,
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.UNSUPPORTED_VERSION,
+        KafkaError._UNSUPPORTED_FEATURE,
     )
 )
+_FORBIDDEN = frozenset((KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED))
+_UNTOLD = frozenset((*_FORBIDDEN, KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE))
 _MOVED = frozenset(
     (KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError.NOT_LEADER_FOR_PARTITION)
 )
@@ -98,15 +105,42 @@ class Cluster:
         self.answer_s = answer_s
         self._delivery_s = delivery_s
         self._never = threading.Event()
-        self._shared: dict[str, str | int | float | bool] = {
+        self._security = security or Security()
+        self._trouble = Trouble(servers, self._security)
+        self._shared: dict[str, Option] = {
             "bootstrap.servers": servers,
             "client.id": "penstock",
             "log_level": 0,  # what matters is raised; without a broker there would be 20 lines a second
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 1000,
-            **(security or Security()).options(),
+            **self._security.options(),
         }
-        self.admin = AdminClient(self._shared)
+        self.admin = self._made_admin()
+
+    def _made_admin(self) -> AdminClient:
+        """The one client that is asked what goes wrong: what it hears lies in a queue until somebody polls. Raises SettingsError."""
+        try:
+            return AdminClient({**self._shared, "error_cb": self._trouble.hear})  # type: ignore[dict-item]
+        except KafkaException as error:
+            raise SettingsError(
+                f"With these settings there is no way to the Kafka brokers at {self.servers}: {error.args[0].str()}."
+            ) from error
+
+    def check(self) -> None:
+        """Come in once. Raises SettingsError where the brokers do not let this process in, HubUnavailable where there are none."""
+        asked = self.admin.describe_cluster(request_timeout=self.answer_s)
+        until = self.clock.monotonic() + self.answer_s
+        while not asked.done() and self.clock.monotonic() < until:
+            self.admin.poll(_POLL_S)
+            if self._trouble.is_final:  # of several brokers another may let it in
+                until = min(until, self.clock.monotonic() + OTHERS_S)
+        try:
+            asked.result(0)
+        except (KafkaException, TimeoutError) as error:
+            if self._trouble.is_final:
+                raise SettingsError(self._trouble.sentence()) from error
+            raise self.unavailable(error) from error
+        self._trouble.over()
 
     def producer(self) -> Producer:
         """One that loses and doubles nothing while it lives: every in-sync replica, idempotent. Its first record costs half a second."""
@@ -147,17 +181,20 @@ class Cluster:
         until = self.clock.monotonic() + PATIENCE_S
         while True:
             try:
-                return {key: future.result(self.answer_s) for key, future in ask().items()}
+                found = {key: future.result(self.answer_s) for key, future in ask().items()}
+                self.admin.poll(0)
+                self._trouble.over()
+                return found
             except KafkaException as error:
                 if code_of(error) in _FINAL:
                     raise
                 if self.clock.monotonic() >= until:
-                    raise unavailable(self.servers, error) from error
+                    raise self.unavailable(error) from error
                 if code_of(error) in _MOVED:
                     # librdkafka 2.16 goes on asking with the leader's epoch that it knew first.
-                    self.admin = AdminClient(self._shared)
+                    self.admin = self._made_admin()
             except TimeoutError as error:
-                raise unavailable(self.servers, error) from error
+                raise self.unavailable(error) from error
             self.clock.wait(self._never, RETRY_S)
 
     def describe(self, topic: str) -> Topic | None:
@@ -169,22 +206,40 @@ class Cluster:
         except KafkaException as error:
             if code_of(error) == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return None
-            raise unavailable(self.servers, error) from error
+            if code_of(error) in _FORBIDDEN:
+                raise self.forbidden(f"see the topic {topic}") from error
+            raise self.unavailable(error) from error
         [description] = found.values()
         assert isinstance(description, TopicDescription), description
         replicas = min((len(partition.replicas) for partition in description.partitions), default=0)
         return Topic(_id(str(description.topic_id)), len(description.partitions), replicas)
 
     def settings_of(self, topic: str) -> dict[str, str]:
-        """The topic's settings, the brokers' defaults among them. Raises HubUnavailable."""
+        """The topic's settings, the brokers' defaults among them; nothing of what they do not tell. Raises HubUnavailable."""
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
         try:
             [found] = self.answers(
                 lambda: self.admin.describe_configs([resource], request_timeout=self.answer_s)
             ).values()
         except KafkaException as error:
-            raise unavailable(self.servers, error) from error
+            if code_of(error) in _UNTOLD:
+                return {}
+            raise self.unavailable(error) from error
         return {name: str(entry.value) for name, entry in found.items() if isinstance(entry, ConfigEntry)}
+
+    def unavailable(self, error: object) -> HubUnavailable:
+        """What a foreign error means to whoever asked, with what the brokers say beside it."""
+        inner = error.args[0] if isinstance(error, KafkaException) and error.args else error
+        text = inner.str() if isinstance(inner, KafkaError) else str(inner) or type(inner).__name__
+        self.admin.poll(0)
+        why = self._trouble.sentence()
+        detail = f"The Kafka brokers at {self.servers} do not do what was asked: {text}.{' ' if why else ''}{why}"
+        return HubUnavailable(detail, retry_after_s=RETRY_AFTER_S)
+
+    def forbidden(self, act: str) -> SettingsError:
+        return SettingsError(
+            f"The Kafka brokers at {self.servers} do not let {self._security.who} {act}. Nothing was touched."
+        )
 
 
 def _id(topic_id: str) -> str:
@@ -204,15 +259,6 @@ def code_of(error: KafkaException) -> int:
     return inner.code() if isinstance(inner, KafkaError) else 0
 
 
-def unavailable(servers: str, error: object) -> HubUnavailable:
-    """What a foreign error means to whoever asked."""
-    inner = error.args[0] if isinstance(error, KafkaException) and error.args else error
-    text = inner.str() if isinstance(inner, KafkaError) else str(inner) or type(inner).__name__
-    return HubUnavailable(
-        f"The Kafka brokers at {servers} do not do what was asked: {text}.", retry_after_s=RETRY_AFTER_S
-    )
-
-
 def create(cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_sync: int, retention_s: float) -> None:
     """Make the topic, or check the one that is there. Raises SettingsError that names everything that does not fit, HubUnavailable."""
     wanted = {
@@ -229,6 +275,8 @@ def create(cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_s
         try:
             cluster.answers(lambda: cluster.admin.create_topics([new], request_timeout=cluster.answer_s))
         except KafkaException as error:
+            if code_of(error) in _FORBIDDEN:
+                raise cluster.forbidden(f"create the topic {topic}") from error
             if code_of(error) != KafkaError.TOPIC_ALREADY_EXISTS:  # another API was faster
                 raise SettingsError(
                     f"The topic {topic} with {partitions} partitions, --replicas {replicas} and --in-sync-replicas {in_sync} "

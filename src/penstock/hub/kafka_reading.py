@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from penstock.errors import HubUnavailable, OffsetBeyondEnd, OffsetTrimmed
-from penstock.hub.kafka_cluster import RETRY_AFTER_S, Cluster, unavailable
+from penstock.hub.kafka_cluster import RETRY_AFTER_S, Cluster
 
 READ_S: Final = 10.0
 READERS_KEPT: Final = 32
@@ -117,9 +117,9 @@ class Reader:
         try:
             found = self._consumer.get_watermark_offsets(self._place(partition), timeout=self._cluster.answer_s)
         except KafkaException as error:
-            raise unavailable(self._cluster.servers, error) from error
+            raise self._cluster.unavailable(error) from error
         if found is None:
-            raise unavailable(self._cluster.servers, "no answer")
+            raise self._cluster.unavailable("no answer")
         first, end = found
         if offset < first:
             raise OffsetTrimmed(

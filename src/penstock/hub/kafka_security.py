@@ -48,6 +48,17 @@ class Security:
     def has_tls(self) -> bool:
         return self.protocol.endswith("ssl")
 
+    @property
+    def who(self) -> str:
+        """For people."""
+        if self.has_user:
+            return f"the user {self.user}"
+        return (
+            "whoever shows this certificate"
+            if self.has_tls and self.certificate
+            else "this process, which says no name"
+        )
+
     def options(self) -> dict[str, Option]:
         """As librdkafka calls them."""
         found: dict[str, Option] = {"security.protocol": self.protocol}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from penstock.hub.kafka_cluster import Cluster, unavailable
+from penstock.hub.kafka_cluster import Cluster
 
 SHARES = "shares"
 _POLL_S = 0.5
@@ -47,7 +47,7 @@ class Writer:
                 return run.at_ms
             if run.fatal:
                 self._producer = None  # a new one begins anew
-        raise unavailable(self._cluster.servers, error)
+        raise self._cluster.unavailable(error)
 
 
 class _Run:

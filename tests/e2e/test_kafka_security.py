@@ -1,0 +1,104 @@
+"""APIs and hosts on brokers that ask who comes: events through a door into the archive, and doors that shut, at the start and later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.http_client import Answer, request
+from tests.e2e.system import System, wait_for
+from tests.kafka_broker import Brokers
+from tests.kafka_doors import OWNER, PASSWORD, WORKER, Doors
+
+Make = Callable[..., System]
+ONE_COPY = ("--replicas", "1", "--in-sync-replicas", "1")
+
+
+@pytest.fixture
+def password_file(tmp_path: Path) -> str:
+    path = tmp_path / "password"
+    path.write_text(f"{PASSWORD}\n")
+    return str(path)
+
+
+def scram(password_file: str, user: str) -> tuple[str, ...]:
+    sasl = ("--kafka-security", "sasl_plaintext", "--kafka-mechanism", "SCRAM-SHA-256")
+    return *sasl, "--kafka-user", user, "--kafka-password-file", password_file
+
+
+def post(api: System, sequence: int) -> Answer:
+    body = b'{"deviceId":"d-1","n":%d}' % sequence
+    number = f"p;epoch=1;sequence={sequence};sha256={hashlib.sha256(body).hexdigest()}"
+    return request(
+        api.url, "POST", "/v1/events", body, {"Content-Type": "application/json", "Penstock-Producer": number}
+    )
+
+
+def test_events_get_into_the_archive_and_a_user_who_is_shut_out_is_answered_503(
+    make_system: Make, kafka: Brokers, doors: Doors, password_file: str, tmp_path: Path
+) -> None:
+    """The API comes in with SCRAM as somebody who loses his right and gets it back; the host with TLS and a password."""
+    doors.let_in(WORKER)
+    topic, store = kafka.fresh_topic(), tmp_path / "store"
+    places = ("--hub", f"kafka://{doors.sasl}/{topic}", "--store", str(store), *ONE_COPY, *scram(password_file, WORKER))
+    api = make_system(command="api", period="2s", partitions=2, workers=1, options=places).start()
+    there = ("--hub", f"kafka://{doors.both}/{topic}", "--store", str(store), "--data", str(api.folder / "host"))
+    both = ("--kafka-security", "sasl_ssl", "--ca", doors.ca, "--kafka-user", OWNER)
+    host = api.process("host", *there, *both, log="host.log", environment={"PENSTOCK_KAFKA_PASSWORD": PASSWORD})
+    assert post(api, 1).status == 200
+
+    doors.shut_out(WORKER)
+    wait_for("it is not ready", lambda: api.get("/health/ready")[0] == 503)
+    refused = post(api, 2)
+    assert (refused.status, refused.json["code"], refused.headers["retry-after"]) == (503, "hub_unavailable", "2")
+    assert "refuse the user worker" in refused.json["detail"]
+    doors.let_in(WORKER)
+    wait_for("it is taken", lambda: post(api, 2).status == 200)
+
+    wait_for("both are archived", lambda: sum(hour["events"] for hour in _hours(store)) == 2)
+    host.signal(signal.SIGTERM)
+    assert (host.wait(), api.stop()) == (0, 0)
+    said = api.up.text() + host.text()
+    assert PASSWORD not in said
+    assert len(said.splitlines()) < 60
+
+
+def _hours(store: Path) -> list[dict[str, int]]:
+    return [json.loads(path.read_bytes()) for path in (store / "_hours").glob("*.json")]
+
+
+def test_commands_end_within_seconds_and_say_why(
+    make_system: Make, kafka: Brokers, doors: Doors, password_file: str, tmp_path: Path
+) -> None:
+    system = make_system(command="api", partitions=2, workers=1)
+    wrong = tmp_path / "wrong"
+    wrong.write_text("s3cret")
+
+    def refused(command: str, door: str, *security: str, because: str) -> None:
+        more = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", *ONE_COPY) if command == "api" else ()
+        places = ("--data", str(system.data), "--hub", f"kafka://{door}/t", "--store", str(tmp_path / "store"))
+        began = time.monotonic()
+        done = system.run(command, *places, *more, *security)
+        said = done.stderr.decode()
+        assert time.monotonic() - began < 20
+        assert (done.returncode, bool(re.search(because, said))) == (2, True), done
+        assert "s3cret" not in said
+        assert PASSWORD not in said
+        assert len(said.splitlines()) <= 2
+
+    (tmp_path / "store").mkdir()
+    claimed = {"hub": "0" * 32, "partitions": 2, "period": 2, "created": "2026-11-22T14:00:00.000Z", "place_bits": 20}
+    for command in ("api", "host"):
+        refused(command, doors.sasl, *scram(str(wrong), OWNER), because="refuse the user owner .*invalid credentials")
+        refused(command, doors.both, "--kafka-security", "ssl", because="no TLS with the Kafka brokers .*See to --ca")
+        refused(command, doors.both, because="close every connection: .*--kafka-security plaintext")
+        (tmp_path / "store" / "_hub.json").write_text(json.dumps(claimed))  # without it a host asks nobody
+    guest = ("--kafka-security", "sasl_plaintext", "--kafka-user", "guest", "--kafka-password-file", password_file)
+    refused("api", doors.sasl, *guest, because="do not let the user guest see the topic t")

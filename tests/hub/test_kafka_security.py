@@ -1,0 +1,105 @@
+"""Brokers that ask who comes, and that encrypt: every way in, and of every way that is shut a sentence within seconds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from penstock.errors import HubUnavailable, SettingsError
+from penstock.events import Batch, Group
+from penstock.hub.kafka import KafkaHub
+from penstock.hub.kafka_cluster import Cluster, create
+from penstock.hub.kafka_security import Security
+from penstock.testing import FakeClock
+from penstock.wire.frame import content
+from tests.kafka_broker import Brokers, made_topic
+from tests.kafka_doors import GUEST, OWNER, PASSWORD, Doors
+
+LINES = b'{"deviceId":"d-1","n":1}\n'
+BATCH = Batch("p", 1, 1, 1, (Group(0, 1, LINES),), True, b"s" * 32)
+SASL = Security("sasl_plaintext", "PLAIN", OWNER, PASSWORD)
+
+
+def ways(doors: Doors) -> dict[str, tuple[str, Security]]:
+    both = replace(SASL, protocol="sasl_ssl", ca=doors.ca)
+    return {
+        "PLAIN": (doors.sasl, SASL),
+        "SCRAM-SHA-256": (doors.sasl, replace(SASL, mechanism="SCRAM-SHA-256")),
+        "SCRAM-SHA-512": (doors.both, replace(both, mechanism="SCRAM-SHA-512")),
+        "TLS and PLAIN": (doors.both, both),
+        "a certificate": (doors.tls, Security("ssl", ca=doors.ca, certificate=doors.client)),
+    }
+
+
+@pytest.mark.parametrize("way", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "TLS and PLAIN", "a certificate"])
+def test_all_clients_come_in(kafka: Brokers, doors: Doors, way: str) -> None:
+    """The one that makes the topic, the one that writes, and the one that reads."""
+    server, security = ways(doors)[way]
+    cluster = Cluster(server, security)
+    cluster.check()
+    topic = kafka.fresh_topic()
+    assert create(cluster, topic, partitions=1, replicas=1, in_sync=1, retention_s=60) is None
+    with KafkaHub(cluster, topic, period_s=3600, clock=FakeClock()) as hub:
+        hub.append([BATCH])
+        assert [content(frame) for frame in hub.read(0, "0", bytes_max=1).frames] == [LINES]
+
+
+@pytest.mark.parametrize(
+    ("door", "change", "says"),
+    [
+        ("PLAIN", {"password": "s3cret"}, r"refuse the user owner \(sasl_plaintext, PLAIN\): .*Invalid username or password"),
+        ("SCRAM-SHA-256", {"password": "s3cret"}, r"refuse the user owner .*SCRAM-SHA-256\): .*invalid credentials"),
+        ("SCRAM-SHA-512", {"user": "nobody"}, r"refuse the user nobody .*SCRAM-SHA-512\): .*invalid credentials"),
+        ("TLS and PLAIN", {"ca": ""}, r"no TLS with the Kafka brokers at .*certificate could not be verified.* See to --ca"),
+        ("TLS and PLAIN", {"ca": "other"}, "no TLS with the Kafka brokers at .*certificate could not be verified"),
+        ("a certificate", {"certificate": ""}, "no TLS with the Kafka brokers at .*alert bad certificate"),
+        ("TLS and PLAIN", {"protocol": "plaintext"}, "close every connection: they expect something else than --kafka-security plaintext"),
+        ("TLS and PLAIN", {"protocol": "sasl_plaintext"}, "something else than --kafka-security sasl_plaintext"),
+        ("TLS and PLAIN", {"protocol": "ssl"}, "something else than --kafka-security ssl"),
+        ("PLAIN", {"protocol": "plaintext"}, "something else than --kafka-security plaintext"),
+        ("PLAIN", {"protocol": "sasl_ssl"}, "connecting to a PLAINTEXT broker listener"),
+        ("a certificate", {"protocol": "sasl_ssl", "user": "u", "password": "s3cret"}, "user u .*not valid in current SASL state"),
+    ],
+)  # fmt: skip
+def test_what_is_shut_is_said_within_seconds(
+    kafka: Brokers, doors: Doors, door: str, change: dict[str, str], says: str
+) -> None:
+    server, security = ways(doors)[door]
+    changed = {name: doors.other_ca if text == "other" else text for name, text in change.items()}
+    began = time.monotonic()
+    with pytest.raises(SettingsError, match=says) as refused:
+        Cluster(server, replace(security, **changed)).check()  # type: ignore[arg-type]
+    assert time.monotonic() - began < 5
+    assert "s3cret" not in refused.value.detail
+    assert PASSWORD not in refused.value.detail
+
+
+def test_files_that_are_no_certificates(doors: Doors) -> None:
+    with pytest.raises(SettingsError, match=r"there is no way to the Kafka brokers .*ssl\.ca\.location failed"):
+        Cluster(doors.both, Security("ssl", ca=__file__))
+
+
+def test_whoever_has_no_right_is_told_which(kafka: Brokers, doors: Doors) -> None:
+    guest = Cluster(doors.sasl, replace(SASL, user=GUEST))
+    guest.check()
+    there = made_topic(kafka, 1)[1]
+    for topic in (there, kafka.fresh_topic()):
+        with pytest.raises(SettingsError, match=f"do not let the user {GUEST} see the topic {topic}"):
+            create(guest, topic, partitions=1, replicas=1, in_sync=1, retention_s=60)
+
+
+def test_whoever_asks_for_anything_is_told_why_there_is_no_answer(kafka: Brokers, doors: Doors) -> None:
+    topic = made_topic(kafka, 1)[1]
+    cluster = Cluster(doors.sasl, replace(SASL, password="s3cret"), delivery_s=1.0, answer_s=1.0)
+    with pytest.raises(HubUnavailable, match="refuse the user owner") as refused:
+        cluster.describe(topic)
+    assert "s3cret" not in refused.value.detail
+
+
+def test_nobody_is_there_and_nobody_answers() -> None:
+    with pytest.raises(HubUnavailable, match=r"cannot be reached: Connect to .* failed: Connection refused"):
+        Cluster("127.0.0.1:9", answer_s=0.5).check()
+    with pytest.raises(HubUnavailable, match="cannot be reached: Failed to resolve"):
+        Cluster("nowhere.invalid:9", answer_s=0.5).check()
