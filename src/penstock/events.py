@@ -101,7 +101,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     """A frame as it lies in the log: `penstock.wire.frame` has `content`, the NDJSON of `body`, and `sources_of` for `sources`.
 
     `place_bits` are those of its hub. `shares` says which of its batch's events each source holds, where the hub keeps no producers
-    (penstock.hub.duplicates).
+    (penstock.hub.duplicates), and `owners` with whose key each came, if with any.
     """
 
     kind: FrameKind
@@ -116,6 +116,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     sources: bytes = b""
     place_bits: int = 0
     shares: bytes = b""
+    owners: bytes = b""
 
     @property
     def next(self) -> int:

@@ -22,7 +22,7 @@ from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, OffsetTrimmed, StoreUnavailable
 from penstock.events import Batch, Bounds, Frame, FrameKind, Group, Slice
 from penstock.files import Files
-from penstock.hub.duplicates import Share, pack_shares
+from penstock.hub.duplicates import Share, pack_owners, pack_shares
 from penstock.hub.producers import KEPT_BATCHES
 from penstock.processor import Checkpoint, CloseReason
 from penstock.testing import FakeClock, FaultyBlobs, MemoryBlobs, MemoryLog
@@ -49,7 +49,7 @@ class Topic:
     def partitions(self) -> int:
         return 1
 
-    def put(self, *sources: tuple[str, int, int, Sequence[int], int], sha: bytes = b"") -> None:
+    def put(self, *sources: tuple[str, int, int, Sequence[int], int], sha: bytes = b"", owner: str = "") -> None:
         """One frame. A source: producer, epoch, sequence, its events' places in the batch, and how many that has; epoch 0 has no number."""
         batches = []
         for producer, epoch, sequence, places, _ in sources:
@@ -59,8 +59,9 @@ class Topic:
             sha256 = sha or b"%d-%d" % (epoch, sequence) if epoch else b""
             batches.append(Batch(producer, epoch, sequence, 0, (Group(0, len(places), lines),), bool(epoch), sha256))
         [draft] = drafts(batches, frame_bytes_max=1 << 20)
-        shares = pack_shares(Share(places[0], whole) for _, _, _, places, whole in sources)
-        self._add(msgspec.structs.replace(decode(draft.placed(0, 0)), shares=shares))
+        shares = [Share(places[0], whole, owner) for _, _, _, places, whole in sources]
+        packed = {"shares": pack_shares(shares), "owners": pack_owners(shares)}
+        self._add(msgspec.structs.replace(decode(draft.placed(0, 0)), **packed))
 
     def mark(self, kind: FrameKind = FrameKind.TIME_MARKER) -> None:
         self._add(decode(pack(kind, 0, 0, 0, 0, 0, 0, 0, b"", 0, b"")))
@@ -244,6 +245,36 @@ def test_what_may_have_been_stored_before_is_a_dead_letter_and_counted_once(rig:
     assert (first.producer, first.epoch, first.sequence, first.sha256) == ("p", 2, 7, b"other".hex())
     assert [bytes(event) for event in first.events] == [line("p", 7, index, 2) for index in range(3)]
     assert rig.store.get(dead_name(0, (1 << BITS) + 1)).body.startswith(b'{"hub":"777')
+
+
+def _learnt_id(rig: Rig) -> None:
+    """Whoever learns a producer's id sends with a key of another name, under a higher epoch and under the next number."""
+    for owner, epoch, sequence, sha in (
+        ("press", 1, 1, b"a"), ("thief", 9, 9, b"b"), ("press", 1, 2, b"c"), ("thief", 1, 2, b"c"), ("", 1, 2, b"c"), ("press", 1, 2, b"c"),
+    ):  # fmt: skip
+        rig.topic.put(("p", epoch, sequence, range(2), 2), sha=sha, owner=owner)
+    rig.close_period()
+    rig.run()
+
+
+def test_a_producer_belongs_to_the_name_of_its_key(rig: Rig) -> None:
+    """He fences nobody but himself, and what he sends is no copy of another's."""
+    _learnt_id(rig)
+    taken = (
+        [("p", 1, i, 1) for i in range(2)],
+        [("p", 9, i, 9) for i in range(2)],
+        [("p", 2, i, 1) for i in range(2)] * 2,
+    )
+    assert rig.archived() == [line(*one) for batch in taken for one in batch]
+    assert [(dead.owner, dead.reason, dead.epoch) for dead in rig.dead()] == [("thief", "producer_fenced", 1)]
+    assert rig.state(5 << BITS).producers.keys() == {"p press", "p thief", "p"}
+
+
+def test_without_owners_it_is_fenced(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control."""
+    monkeypatch.setattr("penstock.archive.filter.identity", lambda source, _share: source.producer)
+    _learnt_id(rig)
+    assert ("press", "producer_fenced") in [(dead.owner, dead.reason) for dead in rig.dead()]
 
 
 def test_without_the_filter_copies_are_archived(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
@@ -33,12 +34,11 @@ def scram(password_file: str, user: str) -> tuple[str, ...]:
     return *sasl, "--kafka-user", user, "--kafka-password-file", password_file
 
 
-def post(api: System, sequence: int) -> Answer:
-    body = b'{"deviceId":"d-1","n":%d}' % sequence
-    number = f"p;epoch=1;sequence={sequence};sha256={hashlib.sha256(body).hexdigest()}"
-    return request(
-        api.url, "POST", "/v1/events", body, {"Content-Type": "application/json", "Penstock-Producer": number}
-    )
+def post(api: System, sequence: int, *, epoch: int = 1, key: str = "") -> Answer:
+    body = b'{"deviceId":"d-1","epoch":%d,"n":%d}' % (epoch, sequence)
+    number = f"p;epoch={epoch};sequence={sequence};sha256={hashlib.sha256(body).hexdigest()}"
+    headers = {"Content-Type": "application/json", "Penstock-Producer": number}
+    return request(api.url, "POST", "/v1/events", body, headers | ({"Authorization": f"Bearer {key}"} if key else {}))
 
 
 def test_events_get_into_the_archive_and_a_user_who_is_shut_out_is_answered_503(
@@ -102,3 +102,24 @@ def test_commands_end_within_seconds_and_say_why(
         (tmp_path / "store" / "_hub.json").write_text(json.dumps(claimed))  # without it a host asks nobody
     guest = ("--kafka-security", "sasl_plaintext", "--kafka-user", "guest", "--kafka-password-file", password_file)
     refused("api", doors.sasl, *guest, because="do not let the user guest see the topic t")
+
+
+def test_a_producer_belongs_to_the_name_of_its_key(make_system: Make, kafka: Brokers, tmp_path: Path) -> None:
+    """Somebody with a key of his own sends under another's producer id and a higher epoch: it fences nobody, and copies stay copies."""
+    store = tmp_path / "store"
+    places = ("--hub", kafka.fresh_url(), "--store", str(store))
+    api = make_system(
+        command="api", period="2s", partitions=2, workers=1, anonymous=False, options=(*places, *ONE_COPY)
+    ).start()
+    host = api.process("host", *places, "--data", str(api.folder / "host"), log="host.log")
+    create = ("key", "create", "--data", str(api.data), "--right", "send", "--json", "--name")
+    press, thief = (json.loads(api.run(*create, name).stdout)["key"] for name in ("press", "thief"))
+    for key, epoch, sequence in ((press, 1, 1), (thief, 9, 9), (press, 1, 2), (press, 1, 2), (press, 1, 1)):
+        assert post(api, sequence, epoch=epoch, key=key).status == 200
+    wait_for("all is archived", lambda: sum(hour["events"] for hour in _hours(store)) == 3)
+    host.signal(signal.SIGTERM)
+    assert (host.wait(), api.stop()) == (0, 0)
+    files = [gzip.decompress(path.read_bytes()) for path in sorted(store.glob("[0-9]*/*.json.gz"))]
+    archived = [json.loads(each) for file in files for each in file.splitlines()]
+    assert [(event["epoch"], event["n"]) for event in archived] == [(1, 1), (9, 9), (1, 2)]
+    assert not (store / "_dead").exists()

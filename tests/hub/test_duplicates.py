@@ -11,7 +11,7 @@ import pytest
 
 from penstock.errors import FrameDamaged
 from penstock.events import Batch, Frame, Group, Source
-from penstock.hub.duplicates import Known, Read, Share, Verdict, judge, pack_shares, shares_of
+from penstock.hub.duplicates import Known, Read, Share, Verdict, identity, judge, pack_owners, pack_shares, shares_of
 from penstock.hub.producers import WINDOW_MS
 from penstock.wire.draft import drafts
 from penstock.wire.frame import decode
@@ -85,7 +85,7 @@ def test_the_last_five_are_kept() -> None:
 
 def frame_of(batches: list[Batch], shares: list[Share]) -> Frame:
     [draft] = drafts(batches, frame_bytes_max=1 << 20)
-    return msgspec.structs.replace(decode(draft.placed(0, 0)), shares=pack_shares(shares))
+    return msgspec.structs.replace(decode(draft.placed(0, 0)), shares=pack_shares(shares), owners=pack_owners(shares))
 
 
 def test_shares_stand_beside_their_sources() -> None:
@@ -95,6 +95,19 @@ def test_shares_stand_beside_their_sources() -> None:
     for wrong in ([], [Share(0, 2)], [Share(0, 2)] * 3, [Share(0, 2), Share(4, 5)], [Share(0, 1), Share(0, 2)]):
         with pytest.raises(FrameDamaged):
             list(shares_of(frame_of(batches, wrong)))
+
+
+def test_owners_stand_beside_their_sources_where_there_are_any() -> None:
+    batches = [Batch("p", 1, 1, 2, (Group(0, 2, b"{}\n{}\n"),), True, b"s") for _ in range(3)]
+    shares = [Share(0, 2, owner) for owner in ("press", "", "löwe")]
+    frame = frame_of(batches, shares)
+    assert frame.owners == b"\x05press\x00\x05l\xc3\xb6we"
+    assert [share for _, share in shares_of(frame)] == shares
+    assert [identity(each, share) for each, share in shares_of(frame)] == ["p press", "p", "p löwe"]
+    assert frame_of(batches, [Share(0, 2)] * 3).owners == b""
+    for wrong in (b"\x00", b"\x00\x00\x00\x00", b"\x00\x00\x01", b"\x05press\x00\x06l\xc3\xb6we", b"\x01\xff\x00\x00"):
+        with pytest.raises(FrameDamaged, match="owners do not fit"):
+            list(shares_of(msgspec.structs.replace(frame, owners=wrong)))
 
 
 class Piece(NamedTuple):

@@ -24,7 +24,7 @@ from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, BlobNotFound
 from penstock.events import Frame, FrameKind, Source
 from penstock.hub import Hub
-from penstock.hub.duplicates import Known, Reason, Verdict, judge, shares_of
+from penstock.hub.duplicates import Known, Reason, Share, Verdict, identity, judge, shares_of
 from penstock.hub.producers import WINDOW_MS
 from penstock.processor.pump import Log
 from penstock.wire.frame import PLAIN_BYTES_MAX, content, crc32, member
@@ -42,10 +42,14 @@ class State(msgspec.Struct, frozen=True):
     partition: int
     next: int
     producers: dict[str, Known]
+    """By identity (hub/duplicates.py)."""
 
 
-class Dead(msgspec.Struct, frozen=True):
-    """A dead letter: events that came under a producer number which leaves open whether they were stored before. In JSON."""
+class Dead(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A dead letter: events that came under a producer number which leaves open whether they were stored before. In JSON.
+
+    `owner`: the name of the key that they came with, if with any.
+    """
 
     hub: str
     partition: int
@@ -56,6 +60,7 @@ class Dead(msgspec.Struct, frozen=True):
     sequence: int
     sha256: str
     events: list[msgspec.Raw]
+    owner: str = ""
 
 
 def state_name(partition: int, at: int) -> str:
@@ -91,13 +96,13 @@ class Filter:
         """What of a frame of events is new: itself, a part of it, or nothing. Dead letters are in the store when it returns."""
         keep: list[tuple[int, int]] = []
         at = 0
-        for source, verdict in self._judged(frame):
+        for source, share, verdict in self._judged(frame):
             begin = at + verdict.left_out
             if verdict.taken:
                 keep.append((begin, begin + verdict.taken))
             if verdict.reason is not None:
                 lines = content(frame).split(b"\n")[begin + verdict.taken : at + source.count]
-                self._bury(frame.first + begin + verdict.taken, source, verdict.reason, lines)
+                self._bury(frame.first + begin + verdict.taken, source, share, verdict.reason, lines)
             at += source.count
         if sum(end - begin for begin, end in keep) == frame.count:
             return frame
@@ -114,16 +119,17 @@ class Filter:
             self._store.delete(state_name(self._partition, old))
         del self._kept[:-2]
 
-    def _judged(self, frame: Frame) -> Iterator[tuple[Source, Verdict]]:
+    def _judged(self, frame: Frame) -> Iterator[tuple[Source, Share, Verdict]]:
         # The period's start, because a reader that began later may clamp a broker's time otherwise within the period.
         at_ms = period_start_ms(frame.enqueued_at_ms, self._hub.period_s)
         for source, share in shares_of(frame):
-            verdict, known = judge(self._known.get(source.producer), source, share, at_ms)
+            who = identity(source, share)
+            verdict, known = judge(self._known.get(who), source, share, at_ms)
             if known is not None:
-                self._known[source.producer] = known
-            yield source, verdict
+                self._known[who] = known
+            yield source, share, verdict
 
-    def _bury(self, number: int, source: Source, reason: Reason, lines: list[bytes]) -> None:
+    def _bury(self, number: int, source: Source, share: Share, reason: Reason, lines: list[bytes]) -> None:
         dead = Dead(
             self._hub.id,
             self._partition,
@@ -134,6 +140,7 @@ class Filter:
             source.sequence,
             source.sha256.hex(),
             [msgspec.Raw(line) for line in lines],
+            share.owner,
         )
         self._store.put(dead_name(self._partition, number), io.BytesIO(msgspec.json.encode(dead)))
         self._log.warning(
@@ -195,4 +202,5 @@ def _part(frame: Frame, keep: list[tuple[int, int]]) -> Frame:
         source_count=0,
         sources=b"",
         shares=b"",
+        owners=b"",
     )

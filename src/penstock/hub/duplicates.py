@@ -13,6 +13,10 @@ source is, event by event,
 - *dead* otherwise: other bytes under a number that was used, or a number that is too old to be known. It is not dropped: nobody
   can tell that it was stored.
 
+A producer belongs to the name of the key that its batches come with, where there are keys: the same id with a key of another name is
+another producer (`identity`). So whoever learns an id can neither fence it nor have its events taken for copies; the embedded hub
+refuses such batches.
+
 All of this is a function of the log from the beginning of a producer on, so every reader decides alike, and a state that was lost can
 be made again. Batches without a producer number (no sha256) are always taken.
 """
@@ -20,7 +24,7 @@ be made again. Batches without a producer number (no sha256) are always taken.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -36,15 +40,29 @@ Reason = Literal["number_reused", "number_too_old", "producer_fenced"]
 
 
 class Share(NamedTuple):
-    """Of the `whole` events that its batch has in the partition, a source holds those from `start` on."""
+    """Of the `whole` events that its batch has in the partition, a source holds those from `start` on. `owner`: as of a Batch."""
 
     start: int
     whole: int
+    owner: str = ""
 
 
 def pack_shares(shares: Iterable[Share]) -> bytes:
     """The shares of a frame's sources, in order: 8 bytes each, two little-endian numbers."""
-    return b"".join([_SHARE.pack(*share) for share in shares])
+    return b"".join([_SHARE.pack(share.start, share.whole) for share in shares])
+
+
+def pack_owners(shares: Sequence[Share]) -> bytes:
+    """Their owners likewise: a byte with the length, and the name in UTF-8. Empty if none has one."""
+    if not any(share.owner for share in shares):
+        return b""
+    names = [share.owner.encode() for share in shares]
+    return b"".join([b"%c%b" % (len(name), name) for name in names])
+
+
+def identity(source: Source, share: Share) -> str:
+    """Who sent a source: its producer's id, and behind a blank, which no id has, the name of its key."""
+    return f"{source.producer} {share.owner}" if share.owner else source.producer
 
 
 def shares_of(frame: Frame) -> Iterator[tuple[Source, Share]]:
@@ -55,13 +73,33 @@ def shares_of(frame: Frame) -> Iterator[tuple[Source, Share]]:
             f"The frame at {frame.partition}/{frame.first} has {len(sources)} sources and {len(frame.shares)} bytes of shares.",
             where=f"{frame.partition}/{frame.first}",
         )
-    for source, (start, whole) in zip(sources, _SHARE.iter_unpack(frame.shares), strict=True):
+    owners = _owners(frame, len(sources))
+    for source, (start, whole), owner in zip(sources, _SHARE.iter_unpack(frame.shares), owners, strict=True):
         if start + source.count > whole:
             raise FrameDamaged(
                 f"A source at {frame.partition}/{frame.first} holds {source.count} events from {start} on, and its batch has {whole}.",
                 where=f"{frame.partition}/{frame.first}",
             )
-        yield source, Share(start, whole)
+        yield source, Share(start, whole, owner)
+
+
+def _owners(frame: Frame, number: int) -> Sequence[str]:
+    if not frame.owners:
+        return ("",) * number
+    found, at = [], 0
+    try:
+        while at < len(frame.owners):
+            end = at + 1 + frame.owners[at]
+            found.append(frame.owners[at + 1 : end].decode())
+            at = end
+    except UnicodeDecodeError:
+        found.clear()
+    if len(found) != number or at != len(frame.owners):
+        raise FrameDamaged(
+            f"The frame at {frame.partition}/{frame.first} has {number} sources, and its owners do not fit.",
+            where=f"{frame.partition}/{frame.first}",
+        )
+    return found
 
 
 class Read(msgspec.Struct, frozen=True, array_like=True, gc=False):

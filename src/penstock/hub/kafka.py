@@ -28,10 +28,10 @@ from penstock.clock import Clock
 from penstock.errors import FrameDamaged, HubError, NotFound, SettingsError
 from penstock.events import Appended, Batch, Bounds, Frame, FrameKind, Slice
 from penstock.hub import Refused
-from penstock.hub.duplicates import Share, pack_shares
+from penstock.hub.duplicates import Share, pack_owners, pack_shares
 from penstock.hub.kafka_cluster import Cluster, described
 from penstock.hub.kafka_reading import Readers
-from penstock.hub.kafka_writing import SHARES, Outgoing, Writer
+from penstock.hub.kafka_writing import OWNERS, SHARES, Outgoing, Writer
 from penstock.wire import frame
 from penstock.wire.draft import Draft, drafts
 from penstock.wire.frame import FRAME_BYTES_MAX
@@ -91,8 +91,9 @@ class KafkaHub:
         records: dict[int, list[Outgoing]] = {}
         done: dict[tuple[int, int], int] = {}
         for draft in drafts(batches, frame_bytes_max=self._frame_bytes_max):
-            shares = pack_shares(_shares(draft, batches, done))
-            records.setdefault(draft.partition, []).append(Outgoing(draft.placed(0, 0), shares))
+            shares = list(_shares(draft, batches, done))
+            record = Outgoing(draft.placed(0, 0), pack_shares(shares), pack_owners(shares))
+            records.setdefault(draft.partition, []).append(record)
         self._writer.write(records)
         return [Appended(batch.accepted, duplicate=False) for batch in batches]
 
@@ -192,13 +193,14 @@ class KafkaHub:
         if offset >= since:
             at_ms = max(at_ms, floor_ms)
             self._floors[partition] = (offset, at_ms)
-        shares = dict(message.headers() or ()).get(SHARES)
+        headers = dict(message.headers() or ())
         return msgspec.structs.replace(
             found,
             first=offset << PLACE_BITS,
             enqueued_at_ms=at_ms,
             place_bits=PLACE_BITS,
-            shares=shares if isinstance(shares, bytes) else b"",
+            shares=_bytes(headers.get(SHARES)),
+            owners=_bytes(headers.get(OWNERS)),
         )
 
     def _offsets(self, partitions: Sequence[int], which: OffsetSpec) -> Mapping[int, ListOffsetsResultInfo]:
@@ -227,4 +229,8 @@ def _shares(draft: Draft, batches: Sequence[Batch], done: dict[tuple[int, int], 
         start = done.get(key, 0)
         whole = sum(group.count for group in batches[index].groups if group.partition == draft.partition)
         done[key] = start + count
-        yield Share(start, whole)
+        yield Share(start, whole, batches[index].owner)
+
+
+def _bytes(header: object) -> bytes:
+    return header if isinstance(header, bytes) else b""

@@ -13,14 +13,20 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from penstock.hub.kafka_cluster import Cluster
 
 SHARES = "shares"
+OWNERS = "owners"
 _POLL_S = 0.5
 
 
 class Outgoing(NamedTuple):
-    """A record that is to be written. `shares`: as penstock.hub.duplicates packs them."""
+    """A record that is to be written. `shares` and `owners`: as penstock.hub.duplicates packs them."""
 
     value: bytes
     shares: bytes = b""
+    owners: bytes = b""
+
+    @property
+    def headers(self) -> list[tuple[str, str | bytes | None]]:
+        return [(name, value) for name, value in ((SHARES, self.shares), (OWNERS, self.owners)) if value]
 
 
 class Writer:
@@ -79,7 +85,7 @@ class _Run:
                 self._topic,
                 value=record.value,
                 partition=partition,
-                headers=[(SHARES, record.shares)] if record.shares else None,
+                headers=record.headers,
                 on_delivery=functools.partial(self._reported, partition),
             )
         except KafkaException as error:
