@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 OWNER: Final = "owner"
 WORKER: Final = "worker"
 GUEST: Final = "guest"
+AZURE: Final = "$ConnectionString"
+TOPICS: Final = "penstock-"
 PASSWORD: Final = "a \\word, of 'some' kind; {it} is $long"
 SCRAM: Final = ("SCRAM-SHA-256", "SCRAM-SHA-512")
 _PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"
@@ -40,7 +42,7 @@ class Doors:
         """Onto a broker that was not started yet."""
         places = {"SASL": self.sasl, "TLS": self.tls, "BOTH": self.both}
         inside = ",".join(f"{name}://{place}" for name, place in places.items())
-        plain = f"{_PLAIN} required {_user(OWNER)} {_user(GUEST)};"
+        plain = f"{_PLAIN} required {_user(OWNER)} {_user(GUEST)} {_user(AZURE, self.connection_string())};"
         protocols = "SASL:SASL_PLAINTEXT,TLS:SSL,BOTH:SASL_SSL"
         lines = [
             f"listeners={node.setting('listeners')},{inside}",
@@ -66,6 +68,11 @@ class Doors:
         self._admin = AdminClient({"bootstrap.servers": servers, "log_level": 0})
         for mechanism in SCRAM:
             self.let_in(OWNER, mechanism)
+        self._grant(AZURE)
+
+    def connection_string(self) -> str:
+        """As Azure gives it. Who comes with it may read and write the topics that are there, and neither make nor configure any."""
+        return f"Endpoint=sb://{self.both}/;SharedAccessKeyName=root;SharedAccessKey=c2VjcmV0IGtleQ=="
 
     def let_in(self, user: str, mechanism: str = SCRAM[0]) -> None:
         from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
@@ -79,12 +86,28 @@ class Doors:
 
         self._alter(UserScramCredentialDeletion(user, ScramMechanism.SCRAM_SHA_256))
 
+    def _grant(self, user: str) -> None:
+        from confluent_kafka.admin import (
+            AclBinding,
+            AclOperation,
+            AclPermissionType,
+            ResourcePatternType,
+            ResourceType,
+        )
+
+        where = (ResourceType.TOPIC, TOPICS, ResourcePatternType.PREFIXED, f"User:{user}", "*")
+        rights = (AclOperation.READ, AclOperation.WRITE, AclOperation.DESCRIBE)
+        for done in self._admin.create_acls(
+            [AclBinding(*where, right, AclPermissionType.ALLOW) for right in rights]
+        ).values():
+            done.result(30)
+
     def _alter(self, change: UserScramCredentialAlteration) -> None:
         for done in self._admin.alter_user_scram_credentials([change]).values():
             done.result(30)
 
 
-def _user(name: str) -> str:
+def _user(name: str, password: str = PASSWORD) -> str:
     """In a JAAS line within a properties file: each of them takes one backslash away."""
-    quoted = PASSWORD.replace("\\", "\\\\\\\\")
+    quoted = password.replace("\\", "\\\\\\\\")
     return f'user_{name}="{quoted}"'

@@ -15,7 +15,7 @@ import pytest
 
 from tests.e2e.http_client import Answer, request
 from tests.e2e.system import System, wait_for
-from tests.kafka_broker import Brokers
+from tests.kafka_broker import Brokers, made_topic
 from tests.kafka_doors import OWNER, PASSWORD, WORKER, Doors
 
 Make = Callable[..., System]
@@ -123,3 +123,35 @@ def test_a_producer_belongs_to_the_name_of_its_key(make_system: Make, kafka: Bro
     archived = [json.loads(each) for file in files for each in file.splitlines()]
     assert [(event["epoch"], event["n"]) for event in archived] == [(1, 1), (9, 9), (1, 2)]
     assert not (store / "_dead").exists()
+
+
+def test_an_event_hub_by_its_connection_string(make_system: Make, kafka: Brokers, doors: Doors, tmp_path: Path) -> None:
+    """Its user sees the topics that are there, may make none, and is not told how they are configured, as at Azure's endpoint."""
+    _, topic = made_topic(kafka, 3)
+    store = tmp_path / "store"
+    places = ("--store", str(store), "--ca", doors.ca)
+    secret = {"PENSTOCK_KAFKA_PASSWORD": f"{doors.connection_string()};EntityPath={topic}"}
+    # The test's broker knows the string without the path, as it knows each password by heart.
+    whole = {"PENSTOCK_KAFKA_PASSWORD": doors.connection_string()}
+    system = make_system(command="api", workers=1, environment=secret)
+    nameless = ("api", "--data", str(system.data), "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", *places)
+    done = system.run(*nameless, "--hub", "kafka:///another")
+    assert (done.returncode, b"the EntityPath of the connection string" in done.stderr) == (2, True), done
+    system.environment = whole
+    done = system.run(*nameless, "--hub", "kafka:///penstock-none")
+    assert (done.returncode, b"There is no event hub penstock-none" in done.stderr) == (2, True), done
+    done = system.run(*nameless, "--hub", f"kafka:///{topic}", "--partitions", "4")
+    assert (done.returncode, b"it has 3 partitions, not 4" in done.stderr) == (2, True), done
+
+    hub = ("--hub", f"kafka:///{topic}", *places)
+    system.options = ["--period", "2s", "--workers", "1", "--anonymous", *hub]
+    system.start()
+    assert "do not tell message.timestamp.type, cleanup.policy, retention.ms of the topic" in system.up.text()
+    host = system.process("host", *hub, "--data", str(tmp_path / "host"), log="host.log")
+    assert len(system.ends()) == 3
+    assert post(system, 1).status == 200
+    wait_for("it is archived", lambda: sum(hour["events"] for hour in _hours(store)) == 1)
+    assert json.loads(system.get("/v1/status")[1])["ok"]
+    host.signal(signal.SIGTERM)
+    assert (host.wait(), system.stop()) == (0, 0)
+    assert "SharedAccessKey=" not in system.up.text() + host.text()

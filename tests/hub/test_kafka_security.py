@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from penstock.errors import HubUnavailable, SettingsError
 from penstock.events import Batch, Group
+from penstock.hub.duplicates import Share, pack_owners, pack_shares
 from penstock.hub.kafka import KafkaHub
-from penstock.hub.kafka_cluster import Cluster, create
+from penstock.hub.kafka_cluster import RECORD_BYTES_MIN, Cluster, create
 from penstock.hub.kafka_security import Security
 from penstock.testing import FakeClock
-from penstock.wire.frame import content
+from penstock.wire.draft import drafts
+from penstock.wire.frame import FRAME_BYTES_MAX, content
 from tests.kafka_broker import Brokers, made_topic
 from tests.kafka_doors import GUEST, OWNER, PASSWORD, Doors
 
@@ -40,7 +44,7 @@ def test_all_clients_come_in(kafka: Brokers, doors: Doors, way: str) -> None:
     cluster = Cluster(server, security)
     cluster.check()
     topic = kafka.fresh_topic()
-    assert create(cluster, topic, partitions=1, replicas=1, in_sync=1, retention_s=60) is None
+    assert create(cluster, topic, partitions=1, replicas=1, in_sync=1, retention_s=60) == []
     with KafkaHub(cluster, topic, period_s=3600, clock=FakeClock()) as hub:
         hub.append([BATCH])
         assert [content(frame) for frame in hub.read(0, "0", bytes_max=1).frames] == [LINES]
@@ -103,3 +107,42 @@ def test_nobody_is_there_and_nobody_answers() -> None:
         Cluster("127.0.0.1:9", answer_s=0.5).check()
     with pytest.raises(HubUnavailable, match="cannot be reached: Failed to resolve"):
         Cluster("nowhere.invalid:9", answer_s=0.5).check()
+
+
+def test_the_id_of_an_event_hub_is_its_name(kafka: Brokers, doors: Doors) -> None:
+    """Which the endpoint tells, and no uuid."""
+    cluster = Cluster(doors.both, replace(SASL, protocol="sasl_ssl", ca=doors.ca, event_hubs=True))
+    first, second = (made_topic(kafka, 2)[1] for _ in range(2))
+    ids = [found.id for topic in (first, second, first) if (found := cluster.describe(topic))]
+    assert ids[0] == ids[2] != ids[1]
+    with KafkaHub(cluster, first, period_s=3600, clock=FakeClock()) as hub:
+        assert (hub.id, hub.bounds(0).enqueued_last_ms) == (ids[0], 0)
+        hub.append([BATCH, replace_group(BATCH, 1)])
+        hub.append([BATCH])
+        [*_, last] = hub.read(0, "0", bytes_max=1 << 20).frames
+        assert hub.bounds(0).enqueued_last_ms == last.enqueued_at_ms > 0
+
+
+def replace_group(batch: Batch, partition: int) -> Batch:
+    return msgspec.structs.replace(batch, groups=(Group(partition, 1, LINES),))
+
+
+@pytest.mark.parametrize("events", ["small", "large"])
+def test_every_record_is_smaller_than_event_hubs_takes(events: str) -> None:
+    """With everything about a source as long as it can be. RECORD_BYTES_MIN is what librdkafka sends at most, and Azure 46,528 more."""
+    line = b'{"deviceId":"d","x":"%b"}\n' % (
+        b"" if events == "small" else os.urandom(1 << 17).hex().encode()[: (1 << 18) - 64]
+    )
+    stamped = len(line) + 64 + (1 << 14)  # receivedAt, and properties of a header block
+    lines = line.ljust(stamped, b" ") if events == "large" else line
+    properties = b"p" * (1 << 14) if events == "large" else b""
+    batches = [
+        Batch("p" * 64, 1, n, 1, (Group(0, 1, lines),), True, b"s" * 32, properties, "f" * 64, owner="o" * 64)
+        for n in range(4096 if events == "small" else 3)
+    ]
+    largest = 0
+    for draft in drafts(batches, frame_bytes_max=FRAME_BYTES_MAX):
+        shares = [Share(0, 1, batches[index].owner) for index, _ in draft.members]
+        value = draft.placed(0, 0)
+        largest = max(largest, len(value) + len(pack_shares(shares)) + len(pack_owners(shares)))
+    assert FRAME_BYTES_MAX // 2 < largest < RECORD_BYTES_MIN - 4096

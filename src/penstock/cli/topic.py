@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import click
+
 from penstock.archive.begin import join
 from penstock.archive.hours import refuse_older
 from penstock.archive.ledger import claim, owner
@@ -75,19 +77,23 @@ def placed(where: Layout, values: Values) -> Layout:
 def prepare(where: Layout, values: Values, store: BlobStore) -> int:
     """Make topic and store, or check that they are as the settings say; the number of partitions. Raises SettingsError, HubUnavailable."""
     from penstock.hub.kafka import KafkaHub
-    from penstock.hub.kafka_cluster import create
+    from penstock.hub.kafka_cluster import check_event_hub, create
 
     probe(store, name=where.store_name)
     address, period_s = _address(where.topic), int(values.seconds("period"))
     cluster = _cluster(where)
-    create(
-        cluster,
-        address.topic,
-        partitions=values.count("partitions"),
-        replicas=values.count("replicas"),
-        in_sync=values.count("in-sync-replicas"),
-        retention_s=values.seconds("retention"),
-    )
+    retention_s, partitions = values.seconds("retention"), values.count("partitions")
+    if cluster.is_event_hubs:
+        given = partitions if values.source("partitions") != "default" else None
+        untold = check_event_hub(cluster, address.topic, partitions=given, retention_s=retention_s)
+    else:
+        copies, in_sync = values.count("replicas"), values.count("in-sync-replicas")
+        untold = create(
+            cluster, address.topic, partitions=partitions, replicas=copies, in_sync=in_sync, retention_s=retention_s
+        )
+    if untold:
+        said = f"The brokers do not tell {', '.join(untold)} of the topic {address.topic}: not checked."
+        click.echo(f"penstock: {said}", err=True)
     with KafkaHub(cluster, address.topic, period_s=period_s, clock=SystemClock()) as hub:
         claim(store, hub, SystemClock())
         refuse_older(store, hub)

@@ -117,8 +117,14 @@ class KafkaHub:
         first = self._offsets([partition], OffsetSpec.earliest())[partition].offset
         following = self._offsets([partition], OffsetSpec.latest())[partition].offset
         oldest = self._offsets([partition], OffsetSpec.for_timestamp(0))[partition].timestamp
-        newest = self._offsets([partition], OffsetSpec.max_timestamp())[partition].timestamp
+        newest = self._newest_ms(partition, first, following)
         return Bounds(first << PLACE_BITS, following << PLACE_BITS, 0, max(0, oldest), max(0, newest))
+
+    def _newest_ms(self, partition: int, first: int, end: int) -> int:
+        if not self._cluster.is_event_hubs:
+            return self._offsets([partition], OffsetSpec.max_timestamp())[partition].timestamp
+        # There, nobody says that this can be asked for; and times are Azure's own, so that the last is the latest.
+        return max([frame.enqueued_at_ms for frame in self._between(partition, max(first, end - 1), end)], default=0)
 
     def locate(self, partition: int, at_ms: int) -> str:
         self._number(partition, "0")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Final, NamedTuple, TypeVar
 
@@ -24,6 +25,8 @@ from penstock.hub.kafka_trouble import Trouble
 
 DELIVERY_S: Final = 8.0
 """A record that is not acknowledged within this is given up, and its batches are answered 503: longer than a leader's election."""
+EVENT_HUBS_DELIVERY_S: Final = 20.0
+"""Half of it is for one request, and Event Hubs asks producers for 10 s."""
 ANSWER_S: Final = 5.0
 PATIENCE_S: Final = 5.0
 KNOWN_S: Final = 3.0
@@ -96,16 +99,17 @@ class Cluster:
         servers: str,
         security: Security | None = None,
         *,
-        delivery_s: float = DELIVERY_S,
+        delivery_s: float | None = None,
         answer_s: float = ANSWER_S,
         clock: Clock | None = None,
     ) -> None:
         self.servers = servers
         self.clock = clock or SystemClock()
         self.answer_s = answer_s
-        self._delivery_s = delivery_s
         self._never = threading.Event()
         self._security = security or Security()
+        self.is_event_hubs = self._security.event_hubs
+        self._delivery_s = delivery_s or (EVENT_HUBS_DELIVERY_S if self.is_event_hubs else DELIVERY_S)
         self._trouble = Trouble(servers, self._security)
         self._shared: dict[str, Option] = {
             "bootstrap.servers": servers,
@@ -212,7 +216,8 @@ class Cluster:
         [description] = found.values()
         assert isinstance(description, TopicDescription), description
         replicas = min((len(partition.replicas) for partition in description.partitions), default=0)
-        return Topic(_id(str(description.topic_id)), len(description.partitions), replicas)
+        topic_id = _named_id(self.servers, topic) if self.is_event_hubs else _id(str(description.topic_id))
+        return Topic(topic_id, len(description.partitions), replicas)
 
     def settings_of(self, topic: str) -> dict[str, str]:
         """The topic's settings, the brokers' defaults among them; nothing of what they do not tell. Raises HubUnavailable."""
@@ -225,7 +230,8 @@ class Cluster:
             if code_of(error) in _UNTOLD:
                 return {}
             raise self.unavailable(error) from error
-        return {name: str(entry.value) for name, entry in found.items() if isinstance(entry, ConfigEntry)}
+        entries = {name: entry.value for name, entry in found.items() if isinstance(entry, ConfigEntry)}
+        return {name: str(value) for name, value in entries.items() if value is not None}
 
     def unavailable(self, error: object) -> HubUnavailable:
         """What a foreign error means to whoever asked, with what the brokers say beside it."""
@@ -253,14 +259,24 @@ def _id(topic_id: str) -> str:
     return found.hex()
 
 
+def _named_id(servers: str, topic: str) -> str:
+    """In place of the uuid that Event Hubs does not give: names of namespaces are unique in the world, and so is this."""
+    return hashlib.sha256(f"{servers}/{topic}".encode()).hexdigest()[:32]
+
+
 def code_of(error: KafkaException) -> int:
     """librdkafka's code."""
     inner = error.args[0] if error.args else None
     return inner.code() if isinstance(inner, KafkaError) else 0
 
 
-def create(cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_sync: int, retention_s: float) -> None:
-    """Make the topic, or check the one that is there. Raises SettingsError that names everything that does not fit, HubUnavailable."""
+def create(
+    cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_sync: int, retention_s: float
+) -> Sequence[str]:
+    """Make the topic, or check the one that is there; the names of settings that the brokers do not tell, which were not checked.
+
+    Raises SettingsError that names everything that does not fit, HubUnavailable.
+    """
     wanted = {
         "message.timestamp.type": "LogAppendTime",
         "cleanup.policy": "delete",
@@ -285,11 +301,35 @@ def create(cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_s
         found = described(cluster, topic)
         if found is None:
             raise HubUnavailable(f"The topic {topic} was created, and the brokers at {cluster.servers} do not know it.")
-    wrong = list(_misfits(found, cluster.settings_of(topic), wanted, partitions, replicas))
+    return _checked(cluster, topic, found, wanted, partitions, replicas)
+
+
+def check_event_hub(cluster: Cluster, topic: str, *, partitions: int | None, retention_s: float) -> Sequence[str]:
+    """As `create`, for an event hub: whoever owns it makes it, and Azure replicates it. Without `partitions`: as many as it has."""
+    found = described(cluster, topic)
+    if found is None:
+        raise SettingsError(
+            f"There is no event hub {topic} at {cluster.servers}. Make it in Azure, with its partitions and a retention of "
+            f"{retention_s / 3600:.0f} h: no client can."
+        )
+    wanted = {
+        "message.timestamp.type": "LogAppendTime",
+        "cleanup.policy": "delete",
+        "retention.ms": str(int(retention_s * 1000)),
+    }
+    return _checked(cluster, topic, found, wanted, partitions or found.partitions, 0)
+
+
+def _checked(
+    cluster: Cluster, topic: str, found: Topic, wanted: Mapping[str, str], partitions: int, replicas: int
+) -> Sequence[str]:
+    told = cluster.settings_of(topic)
+    wrong = _misfits(found, told, wanted, partitions, replicas)
     if wrong:
         raise SettingsError(
             f"The topic {topic} is there and does not fit: {'; '.join(wrong)}. Nothing was touched: change the topic, or what is asked for."
         )
+    return [name for name in wanted if name not in told]
 
 
 def described(cluster: Cluster, topic: str) -> Topic | None:
@@ -309,11 +349,11 @@ def _misfits(
     if found.replicas < replicas:
         wrong.append(f"it has {found.replicas} replicas, not {replicas}")
     for name in ("message.timestamp.type", "cleanup.policy", "retention.bytes", "unclean.leader.election.enable"):
-        if settings.get(name, wanted[name]) != wanted[name]:
+        if name in settings and settings[name] != wanted.get(name, settings[name]):
             wrong.append(f"{name} is {settings[name]}, not {wanted[name]}")
     for name, least in (
         ("retention.ms", int(wanted["retention.ms"])),
-        ("min.insync.replicas", int(wanted["min.insync.replicas"])),
+        ("min.insync.replicas", int(wanted.get("min.insync.replicas", "0"))),
         ("max.message.bytes", RECORD_BYTES_MIN),
     ):
         has = int(settings.get(name, least))

@@ -84,7 +84,7 @@ def event_hubs(connection_string: str) -> EventHubs:
     """Raises SettingsError, which never repeats what may hold a key."""
     fields = connection_string_fields(connection_string)
     scheme, _, rest = fields["endpoint"].partition("://")
-    host, colon, port = rest.rstrip("/").partition(":")
+    host, colon, port = rest.rstrip("/").lower().partition(":")
     if scheme.lower() != "sb" or not host or (colon and not port.isdigit()):
         raise SettingsError("The Endpoint of the connection string is not of the form sb://HOST/.")
     return EventHubs(f"{host}:{port or EVENT_HUBS_PORT}", fields.get("entitypath", ""))
