@@ -7,10 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
 
 from penstock.errors import FrameDamaged, HubError, HubUnavailable, NotFound, OffsetTrimmed, SettingsError
@@ -96,6 +97,24 @@ class TestTopic:
         assert {name: settings[name] for name in wanted} == wanted
         create(cluster, topic, partitions=3, replicas=1, in_sync=1, retention_s=DAYS_S)
         assert cluster.describe(topic) == found
+
+    def test_a_broker_that_does_not_know_it_yet_is_asked_again(
+        self, kafka: Brokers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cluster, topic = made_topic(kafka, 1)
+        really, asked = cluster.admin.describe_configs, []
+
+        def late(resources: Sequence[ConfigResource], **more: float) -> dict[ConfigResource, Future[object]]:
+            asked.append(resources)
+            if len(asked) > 1:
+                return really(resources, **more)
+            unknown: Future[object] = Future()
+            unknown.set_exception(KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)))
+            return {resources[0]: unknown}
+
+        monkeypatch.setattr(cluster.admin, "describe_configs", late)
+        create(cluster, topic, partitions=1, replicas=1, in_sync=1, retention_s=DAYS_S)
+        assert len(asked) == 2
 
     def test_everything_that_does_not_fit_is_named(self, kafka: Brokers) -> None:
         cluster, topic = kafka.client, kafka.fresh_topic()

@@ -58,6 +58,7 @@ class KafkaHub:
         self._frame_bytes_max = frame_bytes_max
         self._readers = Readers(cluster, topic)
         self._writer = Writer(cluster, topic)
+        self._marker = Writer(cluster, topic)  # a batch does not wait while a marker waits for brokers
         self._floors: dict[int, tuple[int, int]] = {}
         self._settled: dict[int, int] = {}
         self._marks_from_ms = 0
@@ -170,7 +171,7 @@ class KafkaHub:
 
     def _mark(self, partitions: Sequence[int], kind: FrameKind) -> int:
         """Markers into these partitions; the latest time that they were given."""
-        return self._writer.write(
+        return self._marker.write(
             {
                 partition: [Outgoing(frame.pack(kind, partition, 0, 0, 0, 0, 0, 0, b"", 0, b""))]
                 for partition in partitions

@@ -180,7 +180,7 @@ class Cluster:
             }
         )
 
-    def answers(self, ask: Callable[[], Mapping[K, Future[V]]]) -> dict[K, V]:
+    def answers(self, ask: Callable[[], Mapping[K, Future[V]]], *, final: frozenset[int] = _FINAL) -> dict[K, V]:
         """What the brokers answer; asked again while they change places. Raises HubUnavailable, and KafkaException when that is final."""
         until = self.clock.monotonic() + PATIENCE_S
         while True:
@@ -190,7 +190,7 @@ class Cluster:
                 self._trouble.over()
                 return found
             except KafkaException as error:
-                if code_of(error) in _FINAL:
+                if code_of(error) in final:
                     raise
                 if self.clock.monotonic() >= until:
                     raise self.unavailable(error) from error
@@ -222,9 +222,10 @@ class Cluster:
     def settings_of(self, topic: str) -> dict[str, str]:
         """The topic's settings, the brokers' defaults among them; nothing of what they do not tell. Raises HubUnavailable."""
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+        not_yet = {KafkaError.UNKNOWN_TOPIC_OR_PART}  # by the broker that was asked: the topic was just made
         try:
             [found] = self.answers(
-                lambda: self.admin.describe_configs([resource], request_timeout=self.answer_s)
+                lambda: self.admin.describe_configs([resource], request_timeout=self.answer_s), final=_FINAL - not_yet
             ).values()
         except KafkaException as error:
             if code_of(error) in _UNTOLD:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from penstock.errors import HubUnavailable, OffsetBeyondEnd, OffsetTrimmed
-from penstock.hub.kafka_cluster import RETRY_AFTER_S, Cluster
+from penstock.hub.kafka_cluster import RETRY_AFTER_S, RETRY_S, Cluster
 
 READ_S: Final = 10.0
 READERS_KEPT: Final = 32
@@ -114,13 +114,7 @@ class Reader:
 
     def _end(self, partition: int, offset: int) -> int:
         """The end of the log. Raises when `offset` is not in it."""
-        try:
-            found = self._consumer.get_watermark_offsets(self._place(partition), timeout=self._cluster.answer_s)
-        except KafkaException as error:
-            raise self._cluster.unavailable(error) from error
-        if found is None:
-            raise self._cluster.unavailable("no answer")
-        first, end = found
+        first, end = self._watermarks(partition)
         if offset < first:
             raise OffsetTrimmed(
                 f"Offset {offset} of partition {partition} was trimmed; the log begins at {first}.", first=str(first)
@@ -130,6 +124,23 @@ class Reader:
                 f"Offset {offset} of partition {partition} lies beyond the end of the log, {end}.", end=str(end)
             )
         return end
+
+    def _watermarks(self, partition: int) -> tuple[int, int]:
+        """Asked again while brokers change places: the first question to one that is no leader any more only learns that."""
+        clock, never = self._cluster.clock, threading.Event()
+        until = clock.monotonic() + self._cluster.answer_s
+        while True:
+            left_s = until - clock.monotonic()
+            try:
+                found = self._consumer.get_watermark_offsets(self._place(partition), timeout=max(left_s, RETRY_S))
+            except KafkaException as error:
+                if left_s <= 0:
+                    raise self._cluster.unavailable(error) from error
+                clock.wait(never, RETRY_S)
+            else:
+                if found is None:
+                    raise self._cluster.unavailable("no answer")
+                return found
 
     def _known_end(self, partition: int) -> int:
         """As of the last fetch."""
