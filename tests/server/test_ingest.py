@@ -576,6 +576,25 @@ def test_a_commit_that_fails_is_answered_to_every_batch_of_it(name: str) -> None
     assert logged == {"broken": ["error"], "a bug": ["exception"]}.get(name, [])
 
 
+@pytest.mark.parametrize(("fault", "statuses"), [("with a time", {503}), ("storage full", {200})])
+def test_who_came_while_the_hub_did_not_answer_does_not_wait_for_it_again(fault: str, statuses: set[int]) -> None:
+    """Brokers that are away have taken their time once. That a disk is full was said at once, and is asked again."""
+    hub = HeldHub(FAULTS[fault][0])
+    hub.may_go_on.clear()
+
+    async def act(intake: Intake) -> None:
+        first = intake.post()
+        assert await intake.loop.run_in_executor(None, hub.begun.wait, PATIENCE_S)
+        following = [intake.post() for _ in range(7)]
+        hub.may_go_on.set()
+        assert (await first).status == 503
+        assert {(await each).status for each in following} == statuses
+        assert (await intake.post()).status == 200
+        assert hub.commits == ([1, 7, 1] if 200 in statuses else [1, 1])
+
+    run(act, hub)
+
+
 def test_an_answered_batch_that_was_stored_before_a_crash_is_a_duplicate() -> None:
     """The commit succeeded, and then the hub failed before it said so: 503, and the copy finds it stored."""
     hub = HeldHub()

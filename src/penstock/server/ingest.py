@@ -339,6 +339,9 @@ class Ingest:
     def _answer(self, group: list[_Waiting], answers: Sequence[Appended | Refused] | NotConfirmed) -> None:
         assert self._loop is not None
         self._under_way = 0
+        if isinstance(answers, HubUnavailable):
+            # What came meanwhile would wait as long for the same answer.
+            group, self._waiting, self._ready_bytes = [*group, *self._waiting], [], 0
         self._waiting_bytes -= sum(waiting.raw_bytes for waiting in group)
         self._backlog.go_on()
         if self._waiting and not self._turning:
