@@ -6,7 +6,7 @@ BIN := .venv/bin
 SEED ?=
 SECONDS ?= 60
 
-.PHONY: run test fmt check bench hostile sim sim-long cuts fuzz
+.PHONY: run test fmt check bench hostile chaos sim sim-long cuts fuzz
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -58,6 +58,11 @@ bench: .venv/.dev
 # A good client beside slow and hostile ones, and at three times the capacity; the attacks last SECONDS.
 hostile: .venv/.dev
 	$(BIN)/python -m bench.hostile --attack-seconds $(SECONDS) $(ARGS)
+
+# Brokers, APIs and hosts that die, stand still and are cut off, while half a million events come; `make test` has two minutes of it.
+chaos: SECONDS = 600
+chaos: .venv/.dev .venv/.azurite .venv/.kafka
+	PENSTOCK_CHAOS_S=$(SECONDS) $(if $(SEED),PENSTOCK_SEED=$(SEED)) $(BIN)/python -m pytest -q -s tests/e2e/test_kafka_chaos.py
 
 # One seed with all its steps, or the seeds and interleavings of `make test`.
 sim: .venv/.dev

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,13 +152,19 @@ def made_topic(at: Brokers, partitions: int) -> tuple[Cluster, str]:
     return at.client, topic
 
 
+Doors = Mapping[str, Callable[[int], int]]
+"""More listeners of each broker, by name: from the port where it listens to the one that clients are told, of what lies between."""
+
+
 @contextlib.contextmanager
-def brokers(folder: Path, count: int = 1, *, before: Callable[[Node], None] | None = None) -> Iterator[Brokers]:
+def brokers(
+    folder: Path, count: int = 1, doors: Doors | None = None, *, before: Callable[[Node], None] | None = None
+) -> Iterator[Brokers]:
     """`count` brokers with their data in `folder`; `before` each starts. Skips the test when this machine cannot have them."""
     pytest.importorskip("confluent_kafka", reason="confluent-kafka is not installed: pip install 'penstock[kafka]'")
     _install()
     for attempt in range(_TRIES):
-        made = _made(folder / str(attempt), count)
+        made = _made(folder / str(attempt), count, doors or {})
         try:
             for node in made.nodes:
                 if before is not None:
@@ -176,14 +183,15 @@ def brokers(folder: Path, count: int = 1, *, before: Callable[[Node], None] | No
                 node.kill()
 
 
-def _made(folder: Path, count: int) -> Brokers:
+def _made(folder: Path, count: int, doors: Doors) -> Brokers:
     ports = free_ports(2 * count)
     voters = ",".join(f"{number + 1}@127.0.0.1:{ports[count + number]}" for number in range(count))
     nodes = [
         Node(
             number + 1,
             folder / str(number + 1),
-            _settings(folder / str(number + 1), number + 1, count, ports[number], ports[count + number], voters),
+            _settings(folder / str(number + 1), number + 1, count, voters)
+            + _listeners(ports[number], ports[count + number], doors),
             ports[number],
         )
         for number in range(count)
@@ -194,17 +202,14 @@ def _made(folder: Path, count: int) -> Brokers:
     return Brokers(nodes)
 
 
-def _settings(folder: Path, number: int, count: int, port: int, controller: int, voters: str) -> str:
+def _settings(folder: Path, number: int, count: int, voters: str) -> str:
     replicas = min(count, 3)
     in_sync = 2 if replicas == 3 else 1
     return f"""
 process.roles=broker,controller
 node.id={number}
 controller.quorum.voters={voters}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 inter.broker.listener.name=PLAINTEXT
 log.dirs={folder / "data"}
 auto.create.topics.enable=false
@@ -226,13 +231,32 @@ log.cleaner.dedupe.buffer.size=16777216
 """
 
 
+def _listeners(port: int, controller: int, doors: Doors) -> str:
+    inside = {"PLAINTEXT": port, **dict(zip(doors, free_ports(len(doors)), strict=True))}
+    told = {"PLAINTEXT": port, **{name: between(inside[name]) for name, between in doors.items()}}
+    return f"""
+listeners={_places({**inside, "CONTROLLER": controller})}
+advertised.listeners={_places(told)}
+listener.security.protocol.map={",".join(f"{name}:PLAINTEXT" for name in (*inside, "CONTROLLER"))}
+"""
+
+
+def _places(ports: Mapping[str, int]) -> str:
+    return ",".join(f"{name}://127.0.0.1:{port}" for name, port in ports.items())
+
+
 def free_ports(count: int) -> list[int]:
-    """Of 127.0.0.1."""
+    """Ports that the kernel does not give to outgoing connections: who listens there may end and find his port again."""
+    end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    chosen = random.Random(os.urandom(8))
+    found: list[int] = []
     with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        while len(found) < count:
+            each, port = held.enter_context(socket.socket()), chosen.randrange(10_000, end)
+            with contextlib.suppress(OSError):
+                each.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 def _install() -> None:

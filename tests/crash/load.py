@@ -21,7 +21,14 @@ class Lane(threading.Thread):
     """One producer with devices of its own; one batch in flight. Without `numbered` the hub cannot recognise a copy."""
 
     def __init__(
-        self, name: str, url: Callable[[], str], seed: int, *, numbered: bool = True, headers: Mapping[str, str]
+        self,
+        name: str,
+        url: Callable[[], str],
+        seed: int,
+        *,
+        numbered: bool = True,
+        headers: Mapping[str, str],
+        pace_s: float = PACE_S,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self.batches: list[Batch] = []
@@ -34,6 +41,7 @@ class Lane(threading.Thread):
         self._random = random.Random(f"{seed} {name}")
         self._numbered = numbered
         self._headers = headers
+        self._pace_s = pace_s
         self._events = itertools.count()
         self._ending = threading.Event()
         self._abandon = threading.Event()
@@ -45,7 +53,7 @@ class Lane(threading.Thread):
             batch = Batch(lines, confirmed=False)
             self.batches.append(batch)
             self._until_answered(batch)
-            self._ending.wait(PACE_S)
+            self._ending.wait(self._pace_s)
         self._close()
 
     def stop(self) -> None:
@@ -125,8 +133,11 @@ class Load:
         seed: int,
         numbered: bool = True,
         headers: Mapping[str, str] | None = None,
+        pace_s: float = PACE_S,
     ) -> None:
-        self.lanes = [Lane(f"lane{i}", url, seed, numbered=numbered, headers=headers or {}) for i in range(lanes)]
+        self.lanes = [
+            Lane(f"lane{i}", url, seed, numbered=numbered, headers=headers or {}, pace_s=pace_s) for i in range(lanes)
+        ]
 
     def start(self) -> Load:
         for lane in self.lanes:

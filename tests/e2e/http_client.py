@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import io
 import json
@@ -95,3 +96,11 @@ def request(url: str, method: str, path: str, body: bytes = b"", headers: Mappin
         answer = connection.answer(method)
     assert answer is not None, "the connection ended without an answer"
     return answer
+
+
+def post_numbered(url: str, producer: str, sequence: int, body: bytes = b"") -> Answer:
+    """One event of device d-1 in a batch with a number."""
+    body = body or b'{"deviceId":"d-1","n":%d}' % sequence
+    number = f"{producer};epoch=1;sequence={sequence};sha256={hashlib.sha256(body).hexdigest()}"
+    headers = {"Content-Type": "application/json", "Penstock-Producer": number}
+    return request(url, "POST", "/v1/events", body, headers)

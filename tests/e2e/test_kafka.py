@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka.admin import NewPartitions
 
-from tests.e2e.http_client import Answer, request
+from tests.e2e.http_client import post_numbered, request
 from tests.e2e.oracle import Batch, problems
 from tests.e2e.system import Process, System, wait_for
 from tests.emulators import Emulator
@@ -148,7 +148,7 @@ def test_hours_close_without_events_that_follow(make_system: Make, kafka: Broker
     machines = Machines(make_system, kafka.fresh_url(), str(folder))
     api = machines.api("api").start()
     host = machines.host(api, "host")
-    assert _post(api, 1).status == 200
+    assert post_numbered(api.url, "p", 1).status == 200
     wait_for("its hour is complete", lambda: list((folder / "_hours").glob("*.json")))
     [manifest] = [json.loads(path.read_bytes()) for path in (folder / "_hours").glob("*.json")]
     assert manifest["events"] == 1
@@ -156,30 +156,27 @@ def test_hours_close_without_events_that_follow(make_system: Make, kafka: Broker
     assert host.wait() == 0
 
 
-def test_brokers_that_do_not_answer(make_system: Make, kafka: Brokers, tmp_path: Path) -> None:
-    machines = Machines(make_system, kafka.fresh_url(), str(tmp_path / "store"))
+def test_numbers_are_judged_by_who_reads(make_system: Make, kafka: Brokers, tmp_path: Path) -> None:
+    """A copy, other bytes under its number, a number too old to be known: the API takes all of them, the archive what is new."""
+    folder = tmp_path / "store"
+    machines = Machines(make_system, kafka.fresh_url(), str(folder))
     api = machines.api("api").start()
-    assert _post(api, 1).status == 200
-    kafka.nodes[0].signal(signal.SIGSTOP)
-    try:
-        answer = _post(api, 2)
-        assert (answer.status, answer.json["code"], answer.headers["retry-after"]) == (503, "hub_unavailable", "2")
-        assert api.get("/health/ready")[0] == 503
-    finally:
-        kafka.nodes[0].signal(signal.SIGCONT)
-    kafka.wait()
-    wait_for("it is taken again", lambda: _post(api, 2).status == 200)
-    wait_for("it is ready again", lambda: api.get("/health/ready")[0] == 200)
-
-
-def _post(api: System, sequence: int) -> Answer:
-    body = b'{"deviceId":"d-1","n":%d}' % sequence
-    sha256 = hashlib.sha256(body).hexdigest()
-    headers = {
-        "Content-Type": "application/json",
-        "Penstock-Producer": f"p;epoch=1;sequence={sequence};sha256={sha256}",
+    machines.host(api, "host")
+    other = b'{"deviceId":"d-1","n":"other"}'
+    answers = [post_numbered(api.url, "p", 2 * n) for n in range(1, 8)]
+    answers += [post_numbered(api.url, "p", 14), post_numbered(api.url, "p", 14, other), post_numbered(api.url, "p", 5)]
+    assert {(answer.status, answer.json["accepted"], answer.json["duplicate"]) for answer in answers} == {
+        (200, 1, False)
     }
-    return request(api.url, "POST", "/v1/events", body, headers)
+    assert api.get("/v1/producers/p")[0] == 404
+    for command in ("flush", "verify"):
+        api.check(command, "--store", str(folder))
+    assert problems(folder, PARTITIONS, [[Batch([b'{"deviceId":"d-1","n":%d}' % (2 * n)]) for n in range(1, 8)]]) == []
+    dead = [json.loads(path.read_bytes()) for path in sorted(folder.glob("_dead/*/*.json"))]
+    assert [(one["reason"], one["sequence"], one["events"][0]["n"]) for one in dead] == [
+        ("number_reused", 14, "other"),
+        ("number_too_old", 5, 5),
+    ]
 
 
 def test_what_does_not_fit_is_refused(make_system: Make, kafka: Brokers, tmp_path: Path) -> None:
