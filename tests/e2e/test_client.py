@@ -108,9 +108,9 @@ def send_all(system: System, lines: list[bytes], *modes: str) -> list[str]:
 
 @pytest.mark.parametrize("modes", [(), ("unnumbered",)], ids=["numbered", "control: unnumbered"])
 def test_each_event_is_archived_once_behind_a_faulty_network_and_kills(
-    make_system: Make, modes: tuple[str, ...]
+    make_either: Make, modes: tuple[str, ...]
 ) -> None:
-    system = make_system().start()
+    system = make_either().start()
     found = send_all(system, flights(control=bool(modes)), *modes)
     if modes:
         assert any("copies too many" in problem for problem in found)
@@ -160,8 +160,8 @@ def send_file(system: System, lines: list[bytes], *, forgets: bool) -> list[str]
 
 
 @pytest.mark.parametrize("forgets", [False, True], ids=["", "control: a new spool each time"])
-def test_a_file_is_archived_once_behind_a_faulty_network_and_kills(make_system: Make, forgets: bool) -> None:
-    system = make_system().start()
+def test_a_file_is_archived_once_behind_a_faulty_network_and_kills(make_either: Make, forgets: bool) -> None:
+    system = make_either().start()
     found = send_file(system, flights(control=forgets), forgets=forgets)
     if forgets:
         assert any("copies too many" in problem for problem in found)

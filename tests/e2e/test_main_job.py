@@ -124,7 +124,8 @@ def test_the_oracle_sees_every_kind_of_difference(system: System) -> None:
     assert "in partition" in problems(system.store, 17, [[Batch(lines)]])[0]
 
 
-def test_rejected_lines_are_named(system: System) -> None:
+def test_rejected_lines_are_named(make_either: Make) -> None:
+    system = make_either().start()
     good = [b'{"deviceId":"d-1","n":%d}' % n for n in range(4)]
     lines = [good[0], b"not json", good[1], b'{"n":1}', b"", good[2], b'{"deviceId":"d-1","receivedAt":1}', good[3]]
     (system.folder / "mixed.ndjson").write_bytes(b"\r\n".join(lines))
@@ -164,8 +165,8 @@ def test_an_hour_gets_its_manifest(make_system: Make) -> None:
     assert problems(system.store, 4, [[Batch(lines)]]) == []
 
 
-def test_it_starts_again_on_its_data(make_system: Make) -> None:
-    system = make_system(anonymous=False).start()
+def test_it_starts_again_on_its_data(make_either: Make) -> None:
+    system = make_either(anonymous=False).start()
     parts = [flights()[:1000], flights()[1000:2000]]
     for part in parts:
         assert system.run("send", "--url", system.url, "-", stdin=b"\n".join(part)).returncode == 0
@@ -173,7 +174,6 @@ def test_it_starts_again_on_its_data(make_system: Make) -> None:
         system.start()
     system.settle()
     assert problems(system.store, 16, [[Batch(part) for part in parts]]) == []
-    assert sum(system.ends()) == 2000
 
 
 def _everything(folder: Path) -> dict[str, tuple[int, float]]:
@@ -241,8 +241,9 @@ def test_wrong_use_is_exit_2_and_touches_nothing(make_system: Make, arguments: t
     assert list(system.folder.iterdir()) == []
 
 
-def test_the_stamp_is_all_that_is_added(system: System) -> None:
+def test_the_stamp_is_all_that_is_added(make_either: Make) -> None:
     """Number text, key order, white space, escapes: an event keeps its bytes."""
+    system = make_either().start()
     odd = [
         b'{"deviceId":"d:1","a":1.0,"A":1E+2,"b":18446744073709551616,"c":-0,"d":0.10}',
         b'{ "z" : [ 1 ,2,  3 ] ,\t"deviceId" : "d:1" }',

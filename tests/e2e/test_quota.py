@@ -18,19 +18,29 @@ import pytest
 from penstock import Client
 from tests.e2e.http_client import Answer, Connection, head, request
 from tests.e2e.system import System
+from tests.e2e.topic_system import TopicSystem
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 
 
-@pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+@pytest.fixture(scope="module", params=["embedded", "topic"])
+def system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """One for all tests of this module; each sets the units that it needs, which begins anew."""
-    options = ("--anonymous", "--archive", "none", "--throughput-units", "2")
-    one = System(tmp_path_factory.mktemp("quota"), partitions=4, workers=2, options=options)
+    folder, options = tmp_path_factory.mktemp("quota"), ("--anonymous", "--throughput-units", "2")
+    one: System
+    if request.param == "embedded":
+        one = System(folder, partitions=4, workers=2, options=(*options, "--archive", "none"))
+    else:
+        brokers, azurite = request.getfixturevalue("kafka"), request.getfixturevalue("azurite")
+        one = TopicSystem(folder, brokers, azurite, partitions=4, workers=2, options=options)
     try:
         yield one.start()
     finally:
         one.close()
+
+
+# Only there the ends of the partitions count events, and its commands ask the data folder (docs/kafka.md).
+embedded_only = pytest.mark.parametrize("system", ["embedded"], indirect=True)
 
 
 def lines(events: int, first: int = 0, devices: int = 64) -> bytes:
@@ -84,6 +94,7 @@ class Load:
                 self._never.wait(int(answer.headers["retry-after"]))
 
 
+@embedded_only
 def test_at_three_times_the_units_they_are_held_and_who_waits_gets_in(system: System) -> None:
     assert units(system)["throughput_units"] == 2
     before, began, load = sum(system.ends()), time.monotonic(), Load(system, 5.0)
@@ -166,6 +177,7 @@ def test_a_partition_takes_a_thousand_events_a_second_when_units_are_set(system:
     assert {post(system, lines(500, 1000 * n, devices=1)).status for n in range(6)} == {200}
 
 
+@embedded_only
 def test_the_client_waits_and_loses_and_doubles_nothing(system: System, tmp_path: Path) -> None:
     units(system, 2)
     before = sum(system.ends())
@@ -185,6 +197,7 @@ def test_the_client_waits_and_loses_and_doubles_nothing(system: System, tmp_path
     assert sum(system.ends()) - before == 6000
 
 
+@embedded_only
 def test_the_command_and_a_restart(system: System) -> None:
     def command(*arguments: str) -> Any:
         return json.loads(system.check("units", *arguments, "--json").stdout)
