@@ -184,21 +184,24 @@ class Cluster:
         """What the brokers answer; asked again while they change places. Raises HubUnavailable, and KafkaException when that is final."""
         until = self.clock.monotonic() + PATIENCE_S
         while True:
+            failed: Exception
             try:
-                found = {key: future.result(self.answer_s) for key, future in ask().items()}
+                found = {key: future.result(self.answer_s / 2) for key, future in ask().items()}
                 self.admin.poll(0)
                 self._trouble.over()
                 return found
             except KafkaException as error:
                 if code_of(error) in final:
                     raise
-                if self.clock.monotonic() >= until:
-                    raise self.unavailable(error) from error
-                if code_of(error) in _MOVED:
-                    # librdkafka 2.16 goes on asking with the leader's epoch that it knew first.
-                    self.admin = self._made_admin()
-            except TimeoutError as error:
-                raise self.unavailable(error) from error
+                failed, is_lost = error, code_of(error) in _MOVED
+            except TimeoutError:
+                failed, is_lost = TimeoutError("no answer"), True
+            if is_lost:
+                # librdkafka 2.16 goes on asking the leader that it knew first, be it dead, and with the epoch that it knew first.
+                self.admin.poll(0)  # what it was told of the brokers
+                self.admin = self._made_admin()
+            if self.clock.monotonic() >= until:
+                raise self.unavailable(failed) from failed
             self.clock.wait(self._never, RETRY_S)
 
     def describe(self, topic: str) -> Topic | None:
