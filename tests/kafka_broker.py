@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,19 +152,13 @@ def made_topic(at: Brokers, partitions: int) -> tuple[Cluster, str]:
     return at.client, topic
 
 
-Doors = Mapping[str, Callable[[int], int]]
-"""More listeners of each broker, by name: from the port where it listens to the one that clients are told, of what lies between."""
-
-
 @contextlib.contextmanager
-def brokers(
-    folder: Path, count: int = 1, doors: Doors | None = None, *, before: Callable[[Node], None] | None = None
-) -> Iterator[Brokers]:
+def brokers(folder: Path, count: int = 1, *, before: Callable[[Node], None] | None = None) -> Iterator[Brokers]:
     """`count` brokers with their data in `folder`; `before` each starts. Skips the test when this machine cannot have them."""
     pytest.importorskip("confluent_kafka", reason="confluent-kafka is not installed: pip install 'penstock[kafka]'")
     _install()
     for attempt in range(_TRIES):
-        made = _made(folder / str(attempt), count, doors or {})
+        made = _made(folder / str(attempt), count)
         try:
             for node in made.nodes:
                 if before is not None:
@@ -183,15 +177,14 @@ def brokers(
                 node.kill()
 
 
-def _made(folder: Path, count: int, doors: Doors) -> Brokers:
+def _made(folder: Path, count: int) -> Brokers:
     ports = free_ports(2 * count)
     voters = ",".join(f"{number + 1}@127.0.0.1:{ports[count + number]}" for number in range(count))
     nodes = [
         Node(
             number + 1,
             folder / str(number + 1),
-            _settings(folder / str(number + 1), number + 1, count, voters)
-            + _listeners(ports[number], ports[count + number], doors),
+            _settings(folder / str(number + 1), number + 1, count, ports[number], ports[count + number], voters),
             ports[number],
         )
         for number in range(count)
@@ -202,14 +195,17 @@ def _made(folder: Path, count: int, doors: Doors) -> Brokers:
     return Brokers(nodes)
 
 
-def _settings(folder: Path, number: int, count: int, voters: str) -> str:
+def _settings(folder: Path, number: int, count: int, port: int, controller: int, voters: str) -> str:
     replicas = min(count, 3)
     in_sync = 2 if replicas == 3 else 1
     return f"""
 process.roles=broker,controller
 node.id={number}
 controller.quorum.voters={voters}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
 controller.listener.names=CONTROLLER
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 inter.broker.listener.name=PLAINTEXT
 log.dirs={folder / "data"}
 auto.create.topics.enable=false
@@ -229,20 +225,6 @@ num.network.threads=2
 num.io.threads=4
 log.cleaner.dedupe.buffer.size=16777216
 """
-
-
-def _listeners(port: int, controller: int, doors: Doors) -> str:
-    inside = {"PLAINTEXT": port, **dict(zip(doors, free_ports(len(doors)), strict=True))}
-    told = {"PLAINTEXT": port, **{name: between(inside[name]) for name, between in doors.items()}}
-    return f"""
-listeners={_places({**inside, "CONTROLLER": controller})}
-advertised.listeners={_places(told)}
-listener.security.protocol.map={",".join(f"{name}:PLAINTEXT" for name in (*inside, "CONTROLLER"))}
-"""
-
-
-def _places(ports: Mapping[str, int]) -> str:
-    return ",".join(f"{name}://127.0.0.1:{port}" for name, port in ports.items())
 
 
 def free_ports(count: int) -> list[int]:

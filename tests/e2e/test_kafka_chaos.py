@@ -226,13 +226,21 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cut]:
     with contextlib.ExitStack() as closing:
         doors: dict[str, list[Balancer]] = {name: [] for name in (*APIS, *HOSTS)}
 
-        def between(name: str, port: int) -> int:
-            door = closing.enter_context(Balancer(port))
-            doors[name].append(door)
-            return door.port
+        def give_doors(node: Node) -> None:
+            """A listener for each, which is told to clients by what lies before it."""
+            inside = dict(zip(doors, free_ports(len(doors)), strict=True))
+            made = {name: closing.enter_context(Balancer(port)) for name, port in inside.items()}
+            for name, door in made.items():
+                doors[name].append(door)
+            for setting, more in (
+                ("listeners", {name: f"//127.0.0.1:{port}" for name, port in inside.items()}),
+                ("advertised.listeners", {name: f"//127.0.0.1:{door.port}" for name, door in made.items()}),
+                ("listener.security.protocol.map", dict.fromkeys(doors, "PLAINTEXT")),
+            ):
+                added = [f"{name.upper()}:{what}" for name, what in more.items()]
+                node.set(f"{setting}={','.join([node.setting(setting), *added])}\n")
 
-        made = {name.upper(): functools.partial(between, name) for name in doors}
-        running = closing.enter_context(brokers(tmp_path_factory.mktemp("kafka"), 3, made))
+        running = closing.enter_context(brokers(tmp_path_factory.mktemp("kafka"), 3, before=give_doors))
         yield Cut(running, {name: of[-3:] for name, of in doors.items()})
 
 
