@@ -46,9 +46,10 @@ class Setting:
 _API = ("up", "api")
 _HOST = ("up", "host")
 _SERVE = ("up", "api", "host")
+_SKIP = "leases-skip"
 _LOOK = ("status", "leases", "why", "audit", "verify", "flush")
 _DEAD = ("dead", "dead-fix", "dead-replay")
-_TOPIC = ("api", "host")
+_TOPIC = ("api", "host", _SKIP)
 _HTTP = ("send", "simulate", "status", "leases", "flush", "units", "dead-replay")
 _FAR = tuple(dict.fromkeys((*_HTTP, *_TOPIC)))
 _KEYS = ("key-create", "key-list", "key-revoke", "token")
@@ -57,7 +58,7 @@ _K = Kind
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
     Setting("data", _K.PATH, "./data", "The folder of this installation.",
-            (*_SERVE, *_LOOK, "send", "simulate", "units", "dead-replay", *_KEYS)),
+            (*_SERVE, *_LOOK, _SKIP, "send", "simulate", "units", "dead-replay", *_KEYS)),
     Setting("url", _K.TEXT, "http://127.0.0.1:8480",
             "Address of the API, or a connection string; for `flush` and `units` of the admin port. Default: what `up` wrote down "
             "in the data folder.",
@@ -79,7 +80,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("in-sync-replicas", _K.COUNT, "2", "Copies that a Kafka topic's brokers must have written before an event is accepted.",
             ("api",), "", "1", "32"),
     Setting("key", _K.TEXT, "",
-            "The key that opens the API. Default: DATA/key, for what runs on the data folder and on loopback addresses.", (*_HTTP, "host")),
+            "The key that opens the API. Default: DATA/key, for what runs on the data folder and on loopback addresses.",
+            (*_HTTP, "host", _SKIP)),
     Setting("ca", _K.PATH, "", "Certificates (PEM) that the API's or a Kafka broker's is checked against. Default: those of the system.",
             _FAR),
     Setting("certificate", _K.PATH, "", "The certificate (PEM) that is shown to an API or a Kafka broker that asks for one.", _FAR),
@@ -93,14 +95,14 @@ SETTINGS: tuple[Setting, ...] = (
             _API, "", "1s", "24h"),
     Setting("store", _K.TEXT, "DATA/store",
             "Blob store: a folder, `file:///folder`, `az://container/prefix`, `s3://bucket/prefix` or `gs://bucket/prefix`.",
-            (*_SERVE, *_LOOK, "simulate")),
+            (*_SERVE, *_LOOK, _SKIP, "simulate")),
     Setting("archive", _K.CHOICE, "on", "`none`: no archiver; where no host has its lease, retention deletes what was not archived.",
             (*_API, "audit", "simulate"), choices=("on", "none")),
     Setting("retention", _K.DURATION, "7d", "How long the hub keeps what is archived.", _API, "", "1s", "3650d"),
     Setting("lease", _K.DURATION, "30s", "A lease that did not change for so long may be taken over.",
             (*_HOST, "leases", "why"), "", "1s", "1h"),
     Setting("watch", _K.DURATION, "1s", "Look at the leases for so long, to see which of them are renewed.",
-            ("leases",), "", "0s", "1h"),
+            ("leases", _SKIP), "", "0s", "1h"),
     Setting("name", _K.TEXT, "", "Name of this host in the leases. Default: host name and random digits.", ("host",)),
     Setting("anonymous", _K.FLAG, "no", "Let everyone in without a key; on loopback addresses only.", _API),
     Setting("tls-cert", _K.PATH, "", "The API's certificate with its chain (PEM); then `--listen` speaks TLS.", _API),
@@ -110,7 +112,7 @@ SETTINGS: tuple[Setting, ...] = (
             (*_SERVE, "send", "dead-fix", "dead-replay")),
     Setting("hub-bytes-max", _K.SIZE, "64GiB",
             "The hub's size on disk (the file is sparse). At 90 % of it new events are refused.",
-            (*_SERVE, *_LOOK, "simulate"), "", "16MiB", "16TiB"),
+            (*_SERVE, *_LOOK, _SKIP, "simulate"), "", "16MiB", "16TiB"),
     Setting("body-bytes-max", _K.SIZE, "1MiB", "A request's body as sent.", _API, "", "1KiB", "64MiB"),
     Setting("batch-bytes-max", _K.SIZE, "16MiB", "A request's body unzipped.", _API, "", "1KiB", "256MiB"),
     Setting("batch-events-max", _K.COUNT, "10000", "Events of a batch.", _API, "events", "1", "1000000"),

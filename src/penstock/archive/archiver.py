@@ -192,6 +192,8 @@ class Archiver:
         try:
             self._store.size(last.file)
         except BlobNotFound as error:
+            if self._ledger.lost(last.first) is not None:
+                return
             raise ArchiveError(
                 f"{last.file} is behind the checkpoint of partition {self._partition} and not in the store",
                 partition=self._partition,

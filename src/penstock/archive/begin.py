@@ -37,15 +37,15 @@ def start(store: BlobStore, hub: Hub, partition: int, *, host: str, clock: Clock
     log_first = hub.bounds(partition).first
     last = ledger.last()
     if last is None and log_first > 0:
-        ledger.create(_gap(hub, partition, 0, log_first, BEGAN_LATE, host=host, epoch=0, clock=clock))
+        ledger.create(gap(hub, partition, 0, log_first, BEGAN_LATE, host=host, epoch=0, clock=clock))
         last = ledger.tail(0)
     # Who made the gap may have died before there was a lease, for which retention would have waited.
     while isinstance(last, Gap) and last.reason == BEGAN_LATE and last.next < log_first:
-        ledger.create(_gap(hub, partition, last.next, log_first, BEGAN_LATE, host=host, epoch=last.epoch, clock=clock))
+        ledger.create(gap(hub, partition, last.next, log_first, BEGAN_LATE, host=host, epoch=last.epoch, clock=clock))
         last = ledger.tail(last.next)
     if last is None:
         return Start("0", 0)
-    if isinstance(last, Record) and not _in_store(store, last.file):
+    if isinstance(last, Record) and not in_store(store, last.file) and ledger.lost(last.first) is None:
         return Start(str(last.first >> hub.place_bits), last.first, last.epoch + 1)
     return Start(last.offset_next, last.next, last.epoch + 1)
 
@@ -89,7 +89,7 @@ def _join(store: BlobStore, hub: Hub, partition: int, clock: Clock) -> None:
             until = None if any(store.list(f"{partition}/")) else lease.sequence_number
         if until and (lease is None or until <= lease.sequence_number):
             epoch = lease.epoch if lease else 0
-            ledger.create(_gap(hub, partition, 0, until, OLDER, host="", epoch=epoch, clock=clock))
+            ledger.create(gap(hub, partition, 0, until, OLDER, host="", epoch=epoch, clock=clock))
 
 
 def _first_there(ledger: Ledger) -> int | None:
@@ -97,9 +97,10 @@ def _first_there(ledger: Ledger) -> int | None:
     return next((first for first in ledger.listed() if ledger.read(first) is not None), None)
 
 
-def _gap(
+def gap(
     hub: Hub, partition: int, first: int, following: int, reason: str, *, host: str, epoch: int, clock: Clock
 ) -> Gap:
+    """One to be created: `[first, following)` are in no file."""
     return Gap(
         hub=hub.id,
         partition=partition,
@@ -114,7 +115,8 @@ def _gap(
     )
 
 
-def _in_store(store: BlobStore, file: str) -> bool:
+def in_store(store: BlobStore, file: str) -> bool:
+    """Whether it is there; then it is whole."""
     try:
         store.size(file)
     except BlobNotFound:

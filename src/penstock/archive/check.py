@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from penstock.archive.cut import hour_name, hour_start_ms, period_start_ms
 from penstock.archive.hours import checkpoint, manifest
-from penstock.archive.ledger import HUB_BLOB, Gap, Ledger, Link, Owner, Record, owner
+from penstock.archive.ledger import HUB_BLOB, Gap, Ledger, Link, Owner, Record, lost_name, owner
 from penstock.archive.report import Report, Row, Rows
 from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, BlobNotFound, FrameDamaged, OffsetTrimmed, SettingsError
@@ -46,10 +46,11 @@ def verify(store: BlobStore) -> Report:
     known = _owner(store, problems)
     if known is None:
         return rows.report(problems)
-    names = [blob.name for blob in store.list("")]
+    names = {blob.name for blob in store.list("")}
     found: list[tuple[Record, bool]] = []
     hours: dict[str, list[Record]] = {}
     gaps: list[Gap] = []
+    lost: dict[str, Gap] = {}
     for partition in range(known.partitions):
         done = checkpoint(store, partition)
         records = _ledger(store, known, partition, problems)
@@ -58,16 +59,24 @@ def verify(store: BlobStore) -> Report:
                 gaps.append(record)
                 continue
             hours.setdefault(record.hour, []).append(record)
-            found.append((record, record is records[-1] and done is not None and done <= record.first))
+            if (gap := _lost(store, known, record, names, problems)) is not None:
+                lost[record.file] = gap
+            waits = record is records[-1] and done is not None and done <= record.first
+            found.append((record, waits or gap is not None))
         if done is not None and records and done > records[-1].next:
             problems.append(f"partition {partition}: checkpoint {done} is beyond the ledger's end {records[-1].next}")
     for (record, _), (present, wrong) in zip(found, _files(store, found), strict=True):
-        rows.add(record, file_present=present)
         problems += wrong
+        if present or record.file not in lost:
+            rows.add(record, file_present=present)
+        else:
+            gaps.append(lost[record.file])
     files = {record.file for record, _ in found}
-    problems += [f"{name}: no record in the ledger" for name in names if _DATA.match(name) and name not in files]
+    problems += [
+        f"{name}: no record in the ledger" for name in sorted(names) if _DATA.match(name) and name not in files
+    ]
     _manifests(store, known, names, hours, problems)
-    return rows.report(problems, gaps)
+    return rows.report(problems, sorted(gaps, key=lambda gap: (gap.partition, gap.first)))
 
 
 def _owner(store: BlobStore, problems: list[str]) -> Owner | None:
@@ -108,6 +117,17 @@ def _ledger(store: BlobStore, known: Owner, partition: int, problems: list[str])
         except ArchiveError as error:
             problems.append(str(error))
     return records
+
+
+def _lost(store: BlobStore, known: Owner, record: Record, names: set[str], problems: list[str]) -> Gap | None:
+    """Why its file will never be there. A listing is enough here: what it hides is said to be missing."""
+    if lost_name(record.partition, record.first) not in names:
+        return None
+    try:
+        return Ledger(store, known.hub, record.partition).lost(record.first)
+    except ArchiveError as error:
+        problems.append(str(error))
+        return None
 
 
 def _contradictions(before: Record | None, record: Record, known: Owner) -> Iterator[str]:
@@ -156,9 +176,9 @@ def _file(store: BlobStore, record: Record, waits: bool) -> tuple[bool, list[str
 
 
 def _manifests(
-    store: BlobStore, known: Owner, names: list[str], hours: dict[str, list[Record]], problems: list[str]
+    store: BlobStore, known: Owner, names: set[str], hours: dict[str, list[Record]], problems: list[str]
 ) -> None:
-    for name in names:
+    for name in sorted(names):
         match = _MANIFEST.fullmatch(name)
         if match and store.get(name).body != manifest(known.hub, match[1], hours.get(match[1], [])):
             problems.append(f"{name}: not what the ledger says")

@@ -89,6 +89,10 @@ def record_name(partition: int, first: int) -> str:
     return f"_ledger/{partition}/{first:020}.json"
 
 
+def lost_name(partition: int, first: int) -> str:
+    return f"_ledger/{partition}/{first:020}.lost.json"
+
+
 def decode(body: bytes) -> Link:
     """A record of either kind. Raises what msgspec raises."""
     is_gap = msgspec.json.decode(body, type=_Kind).reason is not msgspec.UNSET
@@ -143,7 +147,7 @@ class Ledger:
             blob = self._store.get(record_name(self._partition, first))
         except BlobNotFound:
             return None
-        return self._checked(blob.body, first)
+        return self._checked(blob.body, first, record_name(self._partition, first))
 
     def create(self, record: Link) -> Link:
         """Decide what comes there, or learn how it was decided: returns the record that stands, `record` or another's.
@@ -152,7 +156,22 @@ class Ledger:
         """
         name = record_name(self._partition, record.first)
         answer = self._store.create(name, msgspec.json.encode(record), id=record.id)
-        return self._checked(answer.blob.body, record.first) if isinstance(answer, Exists) else record
+        return self._checked(answer.blob.body, record.first, name) if isinstance(answer, Exists) else record
+
+    def lost(self, first: int) -> Gap | None:
+        """Why the file of the record at `first` will never be there (skip.py); None if nobody said so. Raises ArchiveError."""
+        try:
+            blob = self._store.get(lost_name(self._partition, first))
+        except BlobNotFound:
+            return None
+        found = self._checked(blob.body, first, lost_name(self._partition, first))
+        if not isinstance(found, Gap):
+            raise ArchiveError(f"{lost_name(self._partition, first)} says no reason", partition=self._partition)
+        return found
+
+    def lose(self, gap: Gap) -> None:
+        """Say that the file of the record at `gap.first` will never be there, unless that is said already."""
+        self._store.create(lost_name(self._partition, gap.first), msgspec.json.encode(gap), id=gap.id)
 
     def chain(self, first: int) -> Iterator[Link]:
         """The record at `first` and all behind it."""
@@ -197,8 +216,7 @@ class Ledger:
     def _hints(self, first: int) -> list[int]:
         return [max(earlier)] if (earlier := [n for n in self.listed() if n < first]) else []
 
-    def _checked(self, body: bytes, first: int) -> Link:
-        name = record_name(self._partition, first)
+    def _checked(self, body: bytes, first: int, name: str) -> Link:
         try:
             record = decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -77,7 +77,8 @@ def _print(report: Report, as_json: bool, good: str) -> None:
         out.print(table)
         for gap in report.gaps:
             span = f"events {gap.first:,} to {gap.next - 1:,}"
-            out.print(f"partition {gap.partition}: {span} are in no file: {gap.reason}", markup=False)
+            said = f"{gap.reason} ({gap.host}, {gap.at})" if gap.host else gap.reason
+            out.print(f"partition {gap.partition}: {span} are in no file: {said}", markup=False)
         for problem in report.problems:
             out.print(f"PROBLEM: {problem}", style="bold red", markup=False)
         if report.ok:

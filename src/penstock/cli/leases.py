@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from penstock.cli.options import as_json, console, settings, url_beats_data
 from penstock.cli.show import read_status
+from penstock.cli.skip import skip
 from penstock.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -31,11 +33,12 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 _GROUP = "$archive"
 
-Ends = Sequence[tuple[int, int]]
+Ends = Sequence[tuple[int, int, int]]
+"""Of each partition the log's first and next sequence number, and its first offset."""
 
 
 class LeaseRow(msgspec.Struct):
-    """A partition. None: unknown, or not there; `problem` says of a lease that it cannot be read.
+    """A partition. None: unknown, or not there; `problem` says that its lease cannot be read, or that what comes next is gone.
 
     `age_s`: how long it has not been written, at least; `lag_events`: from its checkpoint to the end of the log.
     """
@@ -55,7 +58,7 @@ class LeaseRow(msgspec.Struct):
 class Sight(NamedTuple):
     """Where the leases of a group are seen. `look` reads them all, and puts into `problems` why one cannot be read.
 
-    `ends`: first and next sequence number of each partition, None where the hub cannot be reached; `hosts`: known to run.
+    `ends`: None where the hub cannot be reached; `hosts`: known to run.
     """
 
     look: Callable[[], Sequence[Lease | None]]
@@ -66,17 +69,24 @@ class Sight(NamedTuple):
     problems: dict[int, str]
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--group", default=_GROUP, show_default=True, help="Consumer group; $archive is the archiver's.")
 @as_json
 @settings("leases")
-def leases(values: Values, group: str, as_json: bool) -> None:
+@click.pass_context
+def leases(context: click.Context, values: Values, group: str, as_json: bool) -> None:
     """Who reads which partition, how far it is, why it is there, and when the next move is due."""
     from penstock.clock import SystemClock
 
+    if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given:
+            raise click.UsageError(f"The options of `{context.invoked_subcommand}` stand behind it.")
+        return
+
     clock, lease_s = SystemClock(), values.seconds("lease")
     with _sight(values, group) as sight:
-        rows = _rows(sight, observe(sight, clock, values.seconds("watch")), lease_s)
+        rows = _rows(sight, observe(sight, clock, values.seconds("watch")), lease_s, group)
     if as_json:
         click.echo(msgspec.json.encode(rows))
     else:
@@ -106,11 +116,14 @@ def _sight(values: Values, group: str) -> Iterator[Sight]:
 
 
 def _ends(hub: Hub) -> Ends:
-    return [(bounds.first, bounds.next) for bounds in map(hub.bounds, range(hub.partitions()))]
+    return [
+        (bounds.first, bounds.next, bounds.first >> hub.place_bits)
+        for bounds in map(hub.bounds, range(hub.partitions()))
+    ]
 
 
 def _ends_by_url(values: Values) -> Ends:
-    return [(one.first, one.next) for one in read_status(values).partitions]
+    return [(one.first, one.next, int(one.first_offset or one.first)) for one in read_status(values).partitions]
 
 
 def _api_sight(values: Values) -> Sight:
@@ -206,22 +219,26 @@ def observe(sight: Sight, clock: Clock, watch_s: float) -> list[Observed]:
     ]
 
 
-def _rows(sight: Sight, seen: Sequence[Observed], lease_s: float) -> list[LeaseRow]:
+def _rows(sight: Sight, seen: Sequence[Observed], lease_s: float, group: str) -> list[LeaseRow]:
     from penstock.processor.moves import forecast
 
     ends = sight.ends()
     return [
-        _row(one, due and msgspec.structs.replace(due, due_s=round(due.due_s, 3)), sight, ends)
+        _row(one, due and msgspec.structs.replace(due, due_s=round(due.due_s, 3)), sight, ends, group)
         for one, due in zip(seen, forecast(seen, sight.hosts, lease_s=lease_s), strict=True)
     ]
 
 
-def _row(one: Observed, due: Due | None, sight: Sight, ends: Ends | None) -> LeaseRow:
+def _row(one: Observed, due: Due | None, sight: Sight, ends: Ends | None, group: str) -> LeaseRow:
+    from penstock.processor.skip import gone
+
     lease = one.lease
-    lag = None
+    lag, problem = None, sight.problems.get(one.partition)
     if ends is not None:
-        first, following = ends[one.partition]
+        first, following, first_offset = ends[one.partition]
         lag = max(0, following - max(first, lease.sequence_number if lease else 0))
+        if lease is not None and int(lease.offset) < first_offset:
+            problem = gone(group, one.partition, at=int(lease.offset), first=first_offset)
     return LeaseRow(
         partition=one.partition,
         owner=lease.owner if lease else None,
@@ -232,7 +249,7 @@ def _row(one: Observed, due: Due | None, sight: Sight, ends: Ends | None) -> Lea
         lag_events=lag,
         moved=sight.moved(lease) if lease else None,
         next=due,
-        problem=sight.problems.get(one.partition),
+        problem=problem,
     )
 
 
@@ -288,3 +305,6 @@ def _next(row: LeaseRow) -> str:
         return f"free in {due.due_s:.1f} s, if {due.from_owner} does not renew it until then"
     taker = f"{due.to} takes it in its next round" if due.to else "the next host takes it"
     return {"expired": f"not renewed: {taker}", "balance": f"{taker}, to even out"}.get(due.why, taker)
+
+
+leases.add_command(skip)

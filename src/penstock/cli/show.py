@@ -121,6 +121,8 @@ def _headline(report: Status) -> str:
 
 def _time_left(now: RetentionStatus, *, bounded: bool) -> str:
     """When events that are not archived would be deleted, and when the hub is full, if its disk is ours."""
+    if now.after_s is None and not bounded:
+        return "retention: the brokers keep everything"
     if now.after_s is None:
         return "retention: nothing is deleted, and nothing comes in, because no API worker runs"
     if now.left_s is None:
@@ -132,7 +134,8 @@ def _time_left(now: RetentionStatus, *, bounded: bool) -> str:
     else:
         kept = f"{span(now.after_s)}; the oldest event that is not archived is deleted in {span(now.left_s)}"
     if not bounded:
-        return f"retention: {kept}"
+        more = "" if now.partition_bytes is None else f"; and beyond {now.partition_bytes:,} bytes of a partition"
+        return f"retention of the topic: {kept}{more}"
     if now.full_in_s is None:
         return f"retention: {kept}; at the rate of the last minute the hub does not get full"
     return f"retention: {kept}; at the rate of the last minute the hub is full in {span(now.full_in_s)}"

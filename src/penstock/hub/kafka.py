@@ -134,6 +134,15 @@ class KafkaHub:
             found = self._offsets([partition], OffsetSpec.latest())[partition].offset
         return str(found)
 
+    def retention(self) -> tuple[float | None, int | None]:
+        """The brokers delete what is older than so many seconds, and the oldest beyond so many bytes of a partition; None: they do not.
+
+        Whole segments at a time, so a record may be kept longer.
+        """
+        settings = self._cluster.settings_of(self._topic)
+        after_ms, bytes_max = (int(settings.get(name, -1)) for name in ("retention.ms", "retention.bytes"))
+        return (after_ms / 1000 if after_ms >= 0 else None), (bytes_max if bytes_max >= 0 else None)
+
     def cut(self) -> Sequence[str]:
         every = range(self._count)
         firsts, ends = self._offsets(every, OffsetSpec.earliest()), self._offsets(every, OffsetSpec.latest())

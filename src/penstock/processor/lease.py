@@ -153,6 +153,10 @@ class Holding:
         self._released = False
 
     @property
+    def group(self) -> str:
+        return self._name.removeprefix(leases_prefix("")[:-1]).rpartition("/")[0]
+
+    @property
     def lease(self) -> Lease:
         """As this host wrote it last."""
         return self._lease

@@ -31,6 +31,7 @@ from penstock.events import Slice
 from penstock.hub import Hub
 from penstock.processor import Checkpoint, CloseReason, Processor, ProcessorFactory
 from penstock.processor.lease import Holding
+from penstock.processor.skip import gone
 
 POLL_S = 0.25
 HUB_PAUSE_S = 2.0
@@ -157,12 +158,20 @@ class Pump:
                 self.holding.renew()
             except (LostRace, StoreUnavailable):
                 return POLL_S
-            self._park(error)
+            self._park(self._gone(error))
         except (OffsetBeyondEnd, FrameDamaged, ArchiveError) as error:
             self._park(error)
         except Exception as error:  # user code may raise anything
             return self._failed(error)
         return 0.0
+
+    def _gone(self, error: OffsetTrimmed) -> OffsetTrimmed:
+        """With what is to be done about it."""
+        first, lease = error.fields.get("first"), self.holding.lease
+        if not (isinstance(first, str) and first.isdigit() and int(lease.offset) < int(first)):
+            return error
+        said = gone(self.holding.group, self.partition, at=int(lease.offset), first=int(first))
+        return OffsetTrimmed(said, **error.fields)
 
     def _stand_still(self) -> float:
         """Of a parked partition: a hub that is read over HTTP must hear of it, or its retention would not wait for it."""

@@ -17,6 +17,7 @@ from penstock.hub import Hub, WholeHub
 from penstock.hub.embedded import FULL_AT
 from penstock.hub.groups import Progress, Reader
 from penstock.processor.lease import Lease, read_leases
+from penstock.processor.skip import gone
 from penstock.server.parts import PartState, Retention, Run, read_runs
 from penstock.server.units import STORED_BYTES_PER_UNIT, Throughput
 
@@ -54,6 +55,7 @@ class PartitionStatus(msgspec.Struct, frozen=True):
     `lag_bytes` is an estimate; `lag_s` the age of the oldest event that is not archived, and `retention_left_s` the time
     until that is as old as the retention: None if there is no such event, or nothing is deleted. `token` is new whenever the
     lease was written. In a Kafka topic records are counted, frames and markers: `lag_records`, and `lag_events` is None (topic.py).
+    `first_offset` is where the log begins, as `offset` is where the archive goes on.
     """
 
     partition: int
@@ -71,6 +73,7 @@ class PartitionStatus(msgspec.Struct, frozen=True):
     retention_left_s: float | None = None
     token: str | None = None
     lag_records: int | None = None
+    first_offset: str = ""
 
 
 class Storage(msgspec.Struct, frozen=True):
@@ -83,6 +86,8 @@ class RetentionStatus(msgspec.Struct, frozen=True):
     """What is older than `after_s` is deleted; None: no API worker runs, so nothing is deleted, and nothing comes in.
 
     `unread`, what is not archived, is `kept` all the same, or `deleted` (`--archive none`, and no host has the lease).
+    Of a Kafka topic these are its own settings: the brokers delete; `after_s` is None where they keep for ever, and `partition_bytes` is
+    `retention.bytes`, beyond which they delete the oldest of a partition whatever its age.
     `left_s`: the least `retention_left_s` of all partitions. `full_in_s`: when the hub refuses new events if they come at the
     rate of the last minute and nothing is deleted until then; None if none come, or what there is now is deleted before.
     """
@@ -91,6 +96,7 @@ class RetentionStatus(msgspec.Struct, frozen=True):
     unread: Literal["kept", "deleted"]
     left_s: float | None
     full_in_s: float | None
+    partition_bytes: int | None = None
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -113,9 +119,10 @@ class GroupStatus(msgspec.Struct, frozen=True):
 
 
 class Warned(msgspec.Struct, frozen=True):
-    """What people should know; nothing is refused because of it. `storage_full`: more is stored than the throughput units are for."""
+    """What people should know; nothing is refused because of it. `storage_full`: more is stored than the throughput units are for;
+    `retention_short`: brokers soon delete what is not archived; `retention_bytes`: they may at any time."""
 
-    code: Literal["storage_full"]
+    code: Literal["storage_full", "retention_short", "retention_bytes"]
     detail: str
 
 
@@ -215,6 +222,8 @@ def _partition(
     checkpoint = lease.sequence_number if lease else remote.checkpoint if remote else None
     if checkpoint is not None and checkpoint > bounds.next:
         problems.append(f"The checkpoint of partition {partition} lies beyond the end of the log.")
+    if lease is not None and int(lease.offset) < bounds.first:
+        problems.append(gone(ARCHIVE_GROUP, partition, at=int(lease.offset), first=bounds.first))
     lag = max(0, bounds.next - max(checkpoint or 0, bounds.first))
     lag_s = _age_s(hub, partition, max(checkpoint or 0, bounds.first), clock) if lag else 0.0
     return PartitionStatus(
@@ -232,6 +241,7 @@ def _partition(
         lag_s=lag_s,
         retention_left_s=max(0.0, retention.after_s - lag_s) if retention and lag else None,
         token=lease.token if lease else None,
+        first_offset=str(bounds.first),
     )
 
 

@@ -7,28 +7,38 @@ only this is left.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from penstock.archive.hours import ARCHIVE_GROUP
 from penstock.blobs import BlobStore
 from penstock.clock import Clock, timestamp
 from penstock.errors import HubError, PenstockError
 from penstock.hub import Hub
 from penstock.hub.groups import Reader
 from penstock.processor.lease import Lease
-from penstock.server.parts import Retention, read_runs
-from penstock.server.status import PartitionStatus, RetentionStatus, Status, Totals, archive_leases, in_force
+from penstock.processor.skip import gone
+from penstock.server.parts import read_runs
+from penstock.server.status import PartitionStatus, RetentionStatus, Status, Totals, Warned, archive_leases, in_force
 from penstock.server.units import Throughput
 from penstock.telemetry.log import Log
 
 ROUND_S: Final = 1.0
+SHORT: Final = 0.1
+"""A tenth of the retention is a short time: of a week that is a night."""
 _READ_BYTES_MAX: Final = 64 << 10
 
 
 class MarkedHub(Hub, Protocol):
     def maintain(self) -> None:
         """Time markers into partitions whose last events are of an earlier period."""
+        ...
+
+
+class KeptHub(Hub, Protocol):
+    def retention(self) -> tuple[float | None, int | None]:
+        """The brokers delete what is older than so many seconds, and the oldest beyond so many bytes of a partition; None: they do not."""
         ...
 
 
@@ -64,17 +74,17 @@ def mark(hub: MarkedHub, stop: threading.Event, clock: Clock, log: Log) -> None:
 
 
 def build_topic_status(
-    hub: Hub, store: BlobStore, *, run_folder: Path, clock: Clock, throughput: Throughput | None = None
+    hub: KeptHub, store: BlobStore, *, run_folder: Path, clock: Clock, throughput: Throughput | None = None
 ) -> Status:
     """As `status.build_status`, without what a topic does not tell: events are not counted, and the storage is the brokers'."""
     problems: list[str] = []
     runs = read_runs(run_folder)
-    retention = in_force(runs)
-    partitions = [
-        _partition(hub, partition, lease, retention, clock, problems)
-        for partition, lease in enumerate(archive_leases(hub, store, problems))
-    ]
+    after_s, bytes_max = hub.retention()
+    leases = archive_leases(hub, store, problems)
+    partitions = [_partition(hub, partition, lease, after_s, clock, problems) for partition, lease in enumerate(leases)]
     left = min((one.retention_left_s for one in partitions if one.retention_left_s is not None), default=None)
+    workers = in_force(runs)
+    missed = any(leases) or workers is None or workers.waits
     return Status(
         ok=not problems,
         problems=problems,
@@ -86,23 +96,39 @@ def build_topic_status(
         counters={},
         parts=[part for run in runs for part in run.parts],
         partitions=partitions,
-        retention=RetentionStatus(retention.after_s if retention else None, "deleted", left, None),
+        retention=RetentionStatus(after_s, "deleted", left, None, bytes_max),
         throughput=throughput,
+        warnings=list(_warnings(after_s, bytes_max, partitions)) if missed else [],
     )
 
 
+def _warnings(after_s: float | None, bytes_max: int | None, partitions: Sequence[PartitionStatus]) -> Iterator[Warned]:
+    """To be given where an archive is, or is to be."""
+    left = {one.partition: one.retention_left_s for one in partitions if one.retention_left_s is not None}
+    short = [partition for partition, left_s in left.items() if after_s is not None and left_s < SHORT * after_s]
+    if short:
+        yield Warned(
+            "retention_short",
+            f"Of partitions {short} the brokers delete events that are not archived in {min(left.values()):.0f} s: see that an archiver "
+            "runs and gets on, or raise retention.ms of the topic until it has.",
+        )
+    if bytes_max is not None:
+        yield Warned(
+            "retention_bytes",
+            f"The topic has retention.bytes={bytes_max}: the brokers delete a partition's oldest events beyond that, archived or not, "
+            "and no time says when. Set it to -1.",
+        )
+
+
 def _partition(
-    hub: Hub, partition: int, lease: Lease | None, retention: Retention | None, clock: Clock, problems: list[str]
+    hub: Hub, partition: int, lease: Lease | None, after_s: float | None, clock: Clock, problems: list[str]
 ) -> PartitionStatus:
     bounds = hub.bounds(partition)
     checkpoint = lease.sequence_number if lease else None
     if checkpoint is not None and checkpoint > bounds.next:
         problems.append(f"The checkpoint of partition {partition} lies beyond the end of the log.")
     if lease is not None and int(lease.offset) < bounds.first >> hub.place_bits:
-        problems.append(
-            f"Partition {partition} begins at offset {bounds.first >> hub.place_bits}, and its archive is at {lease.offset}: "
-            "the brokers have deleted what is between."
-        )
+        problems.append(gone(ARCHIVE_GROUP, partition, at=int(lease.offset), first=bounds.first >> hub.place_bits))
     bits = hub.place_bits
     done, end = max(int(lease.offset) if lease else 0, bounds.first >> bits), bounds.next >> bits
     lag_s = _age_s(hub, partition, done, clock) if done < end else 0.0
@@ -119,9 +145,10 @@ def _partition(
         lag_events=None,
         lag_bytes=None,
         lag_s=lag_s,
-        retention_left_s=max(0.0, retention.after_s - lag_s) if retention and done < end else None,
+        retention_left_s=max(0.0, after_s - lag_s) if after_s is not None and lag_s else None,
         token=lease.token if lease else None,
         lag_records=max(0, end - done),
+        first_offset=str(bounds.first >> bits),
     )
 
 
