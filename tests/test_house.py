@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": BASE | {"wire", "hub", "blobs", "processor", "archive", "telemetry"},
     "testing": BASE | {"wire", "hub", "blobs", "processor"},
     # The composition root of programs that run their own processors, as cli/wiring.py is that of the commands.
-    "hosting": BASE | {"wire", "hub", "blobs", "processor", "telemetry"},
+    "hosting": BASE | {"wire", "hub", "blobs", "processor", "archive", "telemetry"},
     "cli": BASE
     | {"settings", "kinds", "wire", "hub", "blobs", "processor", "archive", "telemetry", "server", "client", "hosting"},
     "__init__": {"errors", "events", "client", "hosting", "processor"},

@@ -7,8 +7,9 @@ from penstock.events import Event
 
 if TYPE_CHECKING:
     from penstock.client.client import Client
-    from penstock.hosting import EventProcessorHost, Events
+    from penstock.hosting import EventProcessorHost
     from penstock.processor import CloseReason
+    from penstock.processor.user import Events
 
 __all__ = ["Client", "CloseReason", "Event", "EventProcessorHost", "Events", "PenstockError"]
 __version__ = "0.1.0"
@@ -20,10 +21,14 @@ def __getattr__(name: str) -> object:
         from penstock.client.client import Client
 
         return Client
-    if name in ("EventProcessorHost", "Events"):
-        from penstock import hosting
+    if name == "EventProcessorHost":
+        from penstock.hosting import EventProcessorHost
 
-        return getattr(hosting, name)
+        return EventProcessorHost
+    if name == "Events":
+        from penstock.processor.user import Events
+
+        return Events
     if name == "CloseReason":
         from penstock.processor import CloseReason
 

@@ -1,4 +1,4 @@
-"""`EventProcessorHost`: a group's processors on a hub that another machine serves, or that lies in a data folder of this one.
+"""`EventProcessorHost`: a group's processors on a hub that another machine serves, a Kafka topic, or a data folder of this machine.
 
     class Alarm:
         def __init__(self, partition: int) -> None: ...
@@ -21,87 +21,43 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, Self, cast
+from typing import Literal, Self, cast
 
 import msgspec
 
 from penstock.access import Access
+from penstock.archive.fresh import Counts, Fresh
+from penstock.archive.topic import address, is_topic, topic_of
 from penstock.blobs import BlobStore
 from penstock.blobs.connection import connect, is_url
 from penstock.blobs.disk import DiskBlobs
 from penstock.blobs.probe import probe
 from penstock.clock import SystemClock
 from penstock.errors import SettingsError
-from penstock.events import Event, Frame, Slice
+from penstock.events import Slice
 from penstock.files import Files
 from penstock.hub import Hub
 from penstock.hub.remote import RemoteHub
-from penstock.processor import CloseReason
 from penstock.processor import host as processor_host
 from penstock.processor.lease import Start
 from penstock.processor.pump import Log
+from penstock.processor.user import Called, Factory, Fed, Function
 from penstock.telemetry.log import open_log
-from penstock.wire import frame
 
 LEASE_S_LEAST = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-class Events:
-    """What `process` is given: iterates the `Event`s of one read, in order. It may be empty where the log has a marker.
-
-    `frames` are the same as they lie in the log, the first and only the first may begin before `offset`;
-    `penstock.wire.frame.content` gives the lines of one. `next_offset` is behind the last event, `end_offset` the end of the log.
-    """
-
-    def __init__(self, read: Slice) -> None:
-        self._read = read
-
-    def __iter__(self) -> Iterator[Event]:
-        return frame.events(self._read)
-
-    @property
-    def partition(self) -> int:
-        return self._read.partition
-
-    @property
-    def offset(self) -> str:
-        return self._read.offset
-
-    @property
-    def next_offset(self) -> str:
-        return self._read.next_offset
-
-    @property
-    def end_offset(self) -> str:
-        return self._read.end_offset
-
-    @property
-    def frames(self) -> Sequence[Frame]:
-        return self._read.frames
-
-
-class UserProcessor(Protocol):
-    """One instance for each partition, called from one thread. `close(reason)` is called last, if there is one."""
-
-    def process(self, events: Events) -> str | None:
-        """Returns the checkpoint: everything below this offset is done for good, and never comes again. None leaves it."""
-        ...
-
-
-Factory = Callable[[int], UserProcessor]
-Function = Callable[[Events], str | None]
 
 
 class PartitionState(msgspec.Struct, frozen=True):
     """A partition that this host reads: `offset` is next; everything below the sequence number `checkpoint` is done for good.
 
     `failures` are those of the user's code since the host began, `last_failure` the last of them. `parked` says why the partition
-    stands still, if it does: nothing of it is skipped, and it goes on in a host that is started anew.
+    stands still, if it does: nothing of it is skipped, and it goes on in a host that is started anew. Of a Kafka topic `copies` and
+    `dead` are events that were left out since then (docs/hosts.md).
     """
 
     partition: int
@@ -112,16 +68,19 @@ class PartitionState(msgspec.Struct, frozen=True):
     parked: str | None
     failures: int
     last_failure: str | None
+    copies: int = 0
+    dead: int = 0
 
 
 class EventProcessorHost:
     """One host of a consumer group. Hosts of one group share its partitions through leases in `store`, each partition read by one.
 
-    `hub` is the address of an API or a connection string, or a data folder of this machine. `key`, `ca` and `certificate` are for an API,
-    as in Client. `store` is where the group's leases and checkpoints lie, the same
-    for all its hosts; with a data folder it may be left out and is the installation's own. Tests hand in hub and store ready-made
-    (penstock.testing). `name` must be the host's own (default: machine and random digits). A partition without a lease begins at the
-    oldest event that is kept, or, with `begin="end"`, with the events to come. A lease that a host did not renew for `lease_s` is taken
+    `hub` is the address of an API or a connection string, a Kafka topic (`kafka://HOST:PORT/TOPIC`), or a data folder of this machine.
+    `key`, `ca` and `certificate` are for an API, as in Client. `store` is where the group's leases and checkpoints lie, the same
+    for all its hosts; with a data folder it may be left out and is the installation's own. `archive`, for a topic, is the store of its
+    APIs, where that is another. Tests hand in hub and store ready-made (penstock.testing). `name` must be the host's own (default:
+    machine and random digits). A partition without a lease begins at the oldest event that is kept, or, with `begin="end"`, with the
+    events to come. A lease that a host did not renew for `lease_s` is taken
     over. `log` takes what structlog's loggers take; default: lines on standard error. Raises SettingsError.
     """
 
@@ -131,6 +90,7 @@ class EventProcessorHost:
         *,
         group: str,
         store: str | Path | BlobStore | None = None,
+        archive: str | Path | BlobStore | None = None,
         key: str | None = None,
         ca: str | None = None,
         certificate: str | None = None,
@@ -148,12 +108,14 @@ class EventProcessorHost:
             raise SettingsError(f'begin is "start" or "end", not {begin!r}.')
         if not lease_s >= LEASE_S_LEAST:
             raise SettingsError(f"lease_s is at least {LEASE_S_LEAST:g} s, not {lease_s!r}.")
-        if store is None and isinstance(hub, str | Path) and not _over_http(str(hub)):
+        if store is None and isinstance(hub, str | Path) and "://" not in str(hub):
             store = Path(hub) / "store"
         if store is None:
             raise SettingsError(f"Where the leases of group {group} lie must be said: `store` is missing.")
         self._hub: str | Path | Hub | Access = hub
         self._store = open_store(store) if isinstance(store, str | Path) else store
+        self._archive_name = str(archive or store)
+        self._archive = open_store(archive) if isinstance(archive, str | Path) else archive or self._store
         if isinstance(hub, str) and _over_http(hub):
             self._hub = Access.from_environment(
                 hub, key=key, ca=ca, certificate=certificate, certificate_key=certificate_key
@@ -165,7 +127,8 @@ class EventProcessorHost:
         self._lease_s = lease_s
         self._log = log or open_log(self.name, clock=self._clock, level="info", stream=sys.stderr)
         self._failures: dict[int, tuple[int, str]] = {}
-        self._open: set[_Fed] = set()
+        self._counts: dict[int, Counts] = {}
+        self._open: set[Fed] = set()
         self._closing = contextlib.ExitStack()
         self._host: processor_host.EventProcessorHost | None = None
         self._asked = threading.Event()
@@ -181,7 +144,8 @@ class EventProcessorHost:
     def run(self, processor: Factory | Function) -> None:
         """`start`, then block until the host is stopped, or Ctrl-C. Raises what ended it, if that was neither."""
         try:
-            self._prepare(processor).run(self._factory(processor))
+            host, factory = self._prepare(processor)
+            host.run(factory)
         except KeyboardInterrupt:
             # That is how people end it; its leases are given back like with `stop`.
             self.ask_stop()
@@ -193,7 +157,8 @@ class EventProcessorHost:
 
         A host starts once. Raises HubUnavailable, StoreUnavailable when they do not answer, SettingsError when they are not usable.
         """
-        self._prepare(processor).start(self._factory(processor))
+        host, factory = self._prepare(processor)
+        host.start(factory)
 
     def ask_stop(self) -> None:
         """Stop soon; does not wait, so a signal handler or a processor may call it."""
@@ -227,11 +192,13 @@ class EventProcessorHost:
                 parked=pump.parked,
                 failures=self._failures.get(pump.partition, (0, ""))[0],
                 last_failure=self._failures[pump.partition][1] if pump.partition in self._failures else None,
+                copies=self._counts[pump.partition].copies if pump.partition in self._counts else 0,
+                dead=self._counts[pump.partition].dead if pump.partition in self._counts else 0,
             )
             for pump in (self._host.state() if self._host else ())
         ]
 
-    def _prepare(self, processor: object) -> processor_host.EventProcessorHost:
+    def _prepare(self, processor: Factory | Function) -> tuple[processor_host.EventProcessorHost, Callable[[int], Fed]]:
         if self._host is not None:
             raise SettingsError("A host starts once: make another.")
         if not callable(processor):
@@ -258,7 +225,7 @@ class EventProcessorHost:
         if self._asked.is_set():
             # Asked meanwhile, by a signal maybe: there was nobody yet to be told.
             self._host.ask_stop()
-        return self._host
+        return self._host, self._factory(processor, hub)
 
     @contextlib.contextmanager
     def _open_hub(self) -> Iterator[Hub]:
@@ -267,6 +234,13 @@ class EventProcessorHost:
                 yield remote
         elif not isinstance(self._hub, str | Path):
             yield self._hub
+        elif is_topic(str(self._hub)):
+            at = address(str(self._hub))
+            from penstock.hub.kafka_cluster import Cluster
+
+            name, cluster = self._archive_name, Cluster(at.servers)
+            with topic_of(self._archive, cluster, at.topic, store_name=name, clock=self._clock) as topic:
+                yield topic
         else:
             from penstock.hub.embedded import EmbeddedHub  # hosts of other machines need no LMDB
 
@@ -276,67 +250,26 @@ class EventProcessorHost:
             with EmbeddedHub(data / "hub", bytes_max=0, clock=self._clock, read_only=True) as embedded:
                 yield embedded
 
-    def _factory(self, processor: Factory | Function) -> Callable[[int], _Fed]:
+    def _factory(self, processor: Factory | Function, hub: Hub) -> Callable[[int], Fed]:
         kind = processor.func if isinstance(processor, functools.partial) else processor
         function = cast(Function, processor)
-        make = cast(Factory, processor) if isinstance(kind, type) else lambda _partition: _Called(function)
-        return lambda partition: _Fed(make, partition, self._open, self._failed)
+        make = cast(Factory, processor) if isinstance(kind, type) else lambda _partition: Called(function)
+        return lambda partition: Fed(make, partition, self._open, self._failed, self._fresh(hub, partition))
+
+    def _fresh(self, hub: Hub, partition: int) -> Callable[[Slice], Slice] | None:
+        """Where the hub keeps no producers, readers leave out what is there twice."""
+        if not hub.place_bits:
+            return None
+        counts = self._counts.setdefault(partition, Counts())
+        return Fresh(hub, self._archive, partition, counts, self._log).passed
 
     def _failed(self, partition: int, error: Exception) -> None:
         count, _ = self._failures.get(partition, (0, ""))
         self._failures[partition] = (count + 1, f"{type(error).__name__}: {error}")
 
 
-class _Called:
-    """One function as the processor of every partition."""
-
-    def __init__(self, function: Function) -> None:
-        self._function = function
-
-    def process(self, events: Events) -> str | None:
-        return self._function(events)
-
-
-class _Fed:
-    """Stands between a pump and the user's code of one partition, and counts what that raises."""
-
-    def __init__(
-        self, make: Factory, partition: int, opened: set[_Fed], failed: Callable[[int, Exception], None]
-    ) -> None:
-        self._partition = partition
-        self._opened = opened
-        self._failed = failed
-        with self._counted():
-            self._user = make(partition)
-        opened.add(self)
-
-    def process(self, events: Slice) -> str | None:
-        with self._counted():
-            checkpoint: object = self._user.process(Events(events))
-            if checkpoint is not None and not isinstance(checkpoint, str):
-                raise TypeError(
-                    f"process() must return the checkpoint, an offset such as events.next_offset, or None; not {checkpoint!r}"
-                )
-            return checkpoint
-
-    def close(self, reason: CloseReason) -> None:
-        self._opened.discard(self)
-        close = getattr(self._user, "close", None)
-        if close is not None:
-            with self._counted():
-                close(reason)
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._failed(self._partition, error)
-            raise
-
-
 def _over_http(hub: str) -> bool:
-    return "://" in hub
+    return "://" in hub and not is_topic(hub)
 
 
 def unique_name() -> str:

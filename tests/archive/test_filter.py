@@ -16,7 +16,7 @@ from penstock.archive.archiver import Archiver
 from penstock.archive.begin import start
 from penstock.archive.check import verify
 from penstock.archive.cut import hour_start_ms
-from penstock.archive.filter import Dead, Filter, State, dead_name, state_name
+from penstock.archive.filter import Dead, Filter, Producers, State, dead_name, state_name
 from penstock.archive.ledger import Ledger, Record, claim
 from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, OffsetTrimmed, StoreUnavailable
@@ -161,9 +161,9 @@ class Rig:
 
     def scanned(self, at: int) -> dict[str, object]:
         """What a scan of the whole log makes of the producers, with a store that has nothing."""
-        whole = Filter(self.topic, MemoryBlobs(), 0, self.log)
+        whole = Producers(self.topic, MemoryBlobs(), 0, self.log)
         whole.begin(at)
-        return dict(whole._known)
+        return dict(whole.known)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ writes the same again.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import msgspec
 
 from penstock.archive.cut import period_start_ms
 from penstock.blobs import BlobStore
-from penstock.errors import ArchiveError, BlobNotFound
+from penstock.errors import ArchiveError, BlobNotFound, FrameDamaged, OffsetTrimmed
 from penstock.events import Frame, FrameKind, Source
 from penstock.hub import Hub
 from penstock.hub.duplicates import Known, Reason, Share, Verdict, identity, judge, shares_of
@@ -30,6 +31,7 @@ from penstock.processor.pump import Log
 from penstock.wire.frame import PLAIN_BYTES_MAX, content, crc32, member
 
 READ_BYTES_MAX: Final = 4 << 20
+LOOK_BACK_MS: Final = 3_600_000
 FORMAT: Final = 1
 _NAME: Final = re.compile(r"_producers/\d+/(\d{20})")
 
@@ -71,6 +73,94 @@ def dead_name(partition: int, sequence_number: int) -> str:
     return f"_dead/{partition}/{sequence_number:020}.json"
 
 
+class Producers:
+    """What is known of a partition's producers at a place of its log. For one thread, from `begin` or `begin_near` on."""
+
+    def __init__(self, hub: Hub, store: BlobStore, partition: int, log: Log) -> None:
+        self.known: dict[str, Known] = {}
+        self._hub = hub
+        self._store = store
+        self._partition = partition
+        self._log = log
+
+    def begin(self, at: int) -> None:
+        """Know what is to be known at a place where a file ends. Raises ArchiveError, StoreError, HubError."""
+        place = at
+        while (state := self._read(place)) is None and place > 0:
+            place = max((n for n in self.listed() if n < place), default=0)
+        self._go_on(state, place, at)
+
+    def begin_near(self, at: int, at_ms: int) -> None:
+        """The same at any place, from the nearest state before it. If there is none, of the last hour before `at_ms`, when what is
+        there was enqueued. Raises StoreError, HubError."""
+        state, place = None, 0
+        for place in sorted((n for n in self.listed() if n <= at), reverse=True):
+            with contextlib.suppress(ArchiveError):  # it stops the archive, and is said there
+                state = self._read(place)
+            if state is not None:
+                break
+        else:
+            place = int(self._hub.locate(self._partition, at_ms - LOOK_BACK_MS)) << self._hub.place_bits
+        self._go_on(state, place, at)
+
+    def judged(self, frame: Frame) -> Iterator[tuple[Source, Share, Verdict]]:
+        # The period's start, because a reader that began later may clamp a broker's time otherwise within the period.
+        at_ms = period_start_ms(frame.enqueued_at_ms, self._hub.period_s)
+        for source, share in shares_of(frame):
+            who = identity(source, share)
+            verdict, known = judge(self.known.get(who), source, share, at_ms)
+            if known is not None:
+                self.known[who] = known
+            yield source, share, verdict
+
+    def forget(self, at_ms: int) -> None:
+        """Those who are as good as new by then."""
+        self.known = {name: known for name, known in self.known.items() if at_ms - known.seen_at_ms <= WINDOW_MS}
+
+    def listed(self) -> list[int]:
+        names = (_NAME.fullmatch(blob.name) for blob in self._store.list(f"_producers/{self._partition}/"))
+        return [int(match[1]) for match in names if match]
+
+    def _go_on(self, state: State | None, place: int, at: int) -> None:
+        self.known = dict(state.producers) if state else {}
+        if place < at:
+            self._read_again(place, at)
+
+    def _read(self, at: int) -> State | None:
+        if at == 0:
+            return None
+        name = state_name(self._partition, at)
+        try:
+            packed = self._store.get(name).body
+        except BlobNotFound:
+            return None
+        try:
+            state = msgspec.msgpack.decode(packed, type=State)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ArchiveError(f"{name} cannot be read: {error}", partition=self._partition) from error
+        if (state.format, state.hub, state.partition, state.next) != (FORMAT, self._hub.id, self._partition, at):
+            raise ArchiveError(f"{name} is not of this place, hub or format", partition=self._partition)
+        return state
+
+    def _read_again(self, start: int, end: int) -> None:
+        bits = self._hub.place_bits
+        start = max(start, self._hub.bounds(self._partition).first)
+        self._log.info("producers are read again from the log", partition=self._partition, first=start, next=end)
+        floor_ms = 0
+        while start < end:
+            try:
+                read = self._hub.read(self._partition, str(start >> bits), bytes_max=READ_BYTES_MAX)
+            except (OffsetTrimmed, FrameDamaged):  # since, or passed over by somebody's order (skip.py)
+                start = max(start + (1 << bits), self._hub.bounds(self._partition).first)
+                continue
+            for frame in read.frames:
+                floor_ms = max(floor_ms, frame.enqueued_at_ms)
+                if frame.first < end and not frame.is_marker:
+                    for _ in self.judged(msgspec.structs.replace(frame, enqueued_at_ms=floor_ms)):
+                        continue
+            start = int(read.next_offset) << bits
+
+
 class Filter:
     """Of one partition, for one thread, from `begin` on."""
 
@@ -79,24 +169,19 @@ class Filter:
         self._store = store
         self._partition = partition
         self._log = log
-        self._known: dict[str, Known] = {}
+        self._producers = Producers(hub, store, partition, log)
         self._kept: list[int] = []
 
     def begin(self, at: int) -> None:
         """Know what is to be known at a place where a file ends. Raises ArchiveError, StoreError, HubError."""
-        place = at
-        while (state := self._read(place)) is None and place > 0:
-            place = max((n for n in self._listed() if n < place), default=0)
-        self._known = dict(state.producers) if state else {}
-        self._kept = [*(n for n in self._listed() if n < at), at]
-        if place < at:
-            self._read_again(place, at)
+        self._producers.begin(at)
+        self._kept = [*(n for n in self._producers.listed() if n < at), at]
 
     def passed(self, frame: Frame) -> Frame | None:
         """What of a frame of events is new: itself, a part of it, or nothing. Dead letters are in the store when it returns."""
         keep: list[tuple[int, int]] = []
         at = 0
-        for source, share, verdict in self._judged(frame):
+        for source, share, verdict in self._producers.judged(frame):
             begin = at + verdict.left_out
             if verdict.taken:
                 keep.append((begin, begin + verdict.taken))
@@ -110,24 +195,14 @@ class Filter:
 
     def save(self, at: int, at_ms: int) -> None:
         """Keep what is known, for whoever begins there; and nothing from before the file that ends there. `at_ms`: of its hour."""
-        self._known = {name: known for name, known in self._known.items() if at_ms - known.seen_at_ms <= WINDOW_MS}
-        producers = dict(sorted(self._known.items()))
+        self._producers.forget(at_ms)
+        producers = dict(sorted(self._producers.known.items()))
         state = State(FORMAT, self._hub.id, self._partition, at, producers)
         self._store.put(state_name(self._partition, at), io.BytesIO(msgspec.msgpack.encode(state)))
         self._kept.append(at)
         for old in self._kept[:-2]:
             self._store.delete(state_name(self._partition, old))
         del self._kept[:-2]
-
-    def _judged(self, frame: Frame) -> Iterator[tuple[Source, Share, Verdict]]:
-        # The period's start, because a reader that began later may clamp a broker's time otherwise within the period.
-        at_ms = period_start_ms(frame.enqueued_at_ms, self._hub.period_s)
-        for source, share in shares_of(frame):
-            who = identity(source, share)
-            verdict, known = judge(self._known.get(who), source, share, at_ms)
-            if known is not None:
-                self._known[who] = known
-            yield source, share, verdict
 
     def _bury(self, number: int, source: Source, share: Share, reason: Reason, lines: list[bytes]) -> None:
         dead = Dead(
@@ -152,40 +227,6 @@ class Filter:
             events=len(lines),
         )
 
-    def _listed(self) -> list[int]:
-        names = (_NAME.fullmatch(blob.name) for blob in self._store.list(f"_producers/{self._partition}/"))
-        return [int(match[1]) for match in names if match]
-
-    def _read(self, at: int) -> State | None:
-        if at == 0:
-            return None
-        name = state_name(self._partition, at)
-        try:
-            packed = self._store.get(name).body
-        except BlobNotFound:
-            return None
-        try:
-            state = msgspec.msgpack.decode(packed, type=State)
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise ArchiveError(f"{name} cannot be read: {error}", partition=self._partition) from error
-        if (state.format, state.hub, state.partition, state.next) != (FORMAT, self._hub.id, self._partition, at):
-            raise ArchiveError(f"{name} is not of this place, hub or format", partition=self._partition)
-        return state
-
-    def _read_again(self, start: int, end: int) -> None:
-        bits = self._hub.place_bits
-        start = max(start, self._hub.bounds(self._partition).first)
-        self._log.info("producers are read again from the log", partition=self._partition, first=start, next=end)
-        floor_ms = 0
-        while start < end:
-            read = self._hub.read(self._partition, str(start >> bits), bytes_max=READ_BYTES_MAX)
-            for frame in read.frames:
-                floor_ms = max(floor_ms, frame.enqueued_at_ms)
-                if frame.first < end and not frame.is_marker:
-                    for _ in self._judged(msgspec.structs.replace(frame, enqueued_at_ms=floor_ms)):
-                        continue
-            start = int(read.next_offset) << bits
-
 
 def _part(frame: Frame, keep: list[tuple[int, int]]) -> Frame:
     """A frame with only these of its lines, as if it had been written so; where it lies and goes on is the same."""
@@ -202,5 +243,4 @@ def _part(frame: Frame, keep: list[tuple[int, int]]) -> Frame:
         source_count=0,
         sources=b"",
         shares=b"",
-        owners=b"",
     )

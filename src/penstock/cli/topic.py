@@ -13,7 +13,8 @@ import click
 
 from penstock.archive.begin import join
 from penstock.archive.hours import refuse_older
-from penstock.archive.ledger import claim, owner
+from penstock.archive.ledger import claim
+from penstock.archive.topic import address, is_topic, topic_of
 from penstock.blobs import BlobStore
 from penstock.blobs.probe import probe
 from penstock.cli.serving import Serving
@@ -27,28 +28,14 @@ from penstock.wire.frame import FRAME_BYTES_MAX
 if TYPE_CHECKING:
     from penstock.cli.wiring import Layout
     from penstock.hub.kafka import KafkaHub
-    from penstock.hub.kafka_cluster import Address, Cluster
-
-SCHEME = "kafka://"
-
-
-def is_topic(url: str) -> bool:
-    """Whether it names a topic, well or badly."""
-    return url.startswith(SCHEME)
-
-
-def _address(url: str) -> Address:
-    """Raises SettingsError."""
-    from penstock.hub.kafka_cluster import parse_url
-
-    return parse_url(url)
+    from penstock.hub.kafka_cluster import Cluster
 
 
 def _cluster(where: Layout) -> Cluster:
     """The brokers of the topic, which let this process in. Raises SettingsError, HubUnavailable."""
     from penstock.hub.kafka_cluster import Cluster
 
-    cluster = Cluster(_address(where.topic).servers, where.security)
+    cluster = Cluster(address(where.topic).servers, where.security)
     cluster.check()
     return cluster
 
@@ -70,8 +57,8 @@ def placed(where: Layout, values: Values) -> Layout:
         raise SettingsError(
             f"--hub {url} needs the package {error.name}: install it with `pip install 'penstock[kafka]'`."
         ) from error
-    address, security = reached(url, values)
-    return where._replace(topic=str(address), security=security)
+    at, security = reached(url, values)
+    return where._replace(topic=str(at), security=security)
 
 
 def prepare(where: Layout, values: Values, store: BlobStore) -> int:
@@ -80,21 +67,21 @@ def prepare(where: Layout, values: Values, store: BlobStore) -> int:
     from penstock.hub.kafka_cluster import check_event_hub, create
 
     probe(store, name=where.store_name)
-    address, period_s = _address(where.topic), int(values.seconds("period"))
+    at, period_s = address(where.topic), int(values.seconds("period"))
     cluster = _cluster(where)
     retention_s, partitions = values.seconds("retention"), values.count("partitions")
     if cluster.is_event_hubs:
         given = partitions if values.source("partitions") != "default" else None
-        untold = check_event_hub(cluster, address.topic, partitions=given, retention_s=retention_s)
+        untold = check_event_hub(cluster, at.topic, partitions=given, retention_s=retention_s)
     else:
         copies, in_sync = values.count("replicas"), values.count("in-sync-replicas")
         untold = create(
-            cluster, address.topic, partitions=partitions, replicas=copies, in_sync=in_sync, retention_s=retention_s
+            cluster, at.topic, partitions=partitions, replicas=copies, in_sync=in_sync, retention_s=retention_s
         )
     if untold:
-        said = f"The brokers do not tell {', '.join(untold)} of the topic {address.topic}: not checked."
+        said = f"The brokers do not tell {', '.join(untold)} of the topic {at.topic}: not checked."
         click.echo(f"penstock: {said}", err=True)
-    with KafkaHub(cluster, address.topic, period_s=period_s, clock=SystemClock()) as hub:
+    with KafkaHub(cluster, at.topic, period_s=period_s, clock=SystemClock()) as hub:
         claim(store, hub, SystemClock())
         refuse_older(store, hub)
         join(store, hub, clock=SystemClock())
@@ -106,26 +93,9 @@ def opened(
     where: Layout, store: BlobStore, clock: Clock, *, frame_bytes_max: int = FRAME_BYTES_MAX
 ) -> Iterator[KafkaHub]:
     """The hub of a store that an API has made. Raises SettingsError, HubUnavailable."""
-    address = _address(where.topic)
-    from penstock.hub.kafka import KafkaHub
-
-    known = owner(store)
-    if known is None:
-        raise SettingsError(
-            f"The store {where.store_name} is nobody's: start `penstock api --hub {where.topic} --store {where.store_name}` first."
-        )
-    cluster = _cluster(where)
-    with KafkaHub(cluster, address.topic, period_s=known.period, clock=clock, frame_bytes_max=frame_bytes_max) as hub:
-        if hub.id != known.hub:
-            raise SettingsError(
-                f"The store {where.store_name} belongs to another hub than the topic {address.topic}: "
-                "a topic that is made again is another."
-            )
-        if hub.partitions() != known.partitions:
-            raise SettingsError(
-                f"The topic {address.topic} was made with {known.partitions} partitions and has {hub.partitions()}. A device's partition "
-                "follows from their number, so that devices have moved: nothing was started. Go on with a new topic and a new store."
-            )
+    at = address(where.topic)
+    name, most = where.store_name, frame_bytes_max
+    with topic_of(store, _cluster(where), at.topic, store_name=name, clock=clock, frame_bytes_max=most) as hub:
         yield hub
 
 

@@ -120,9 +120,10 @@ def _serve(values: Values, *, whole: bool) -> None:
 
 
 def _hub_of_api(where: Layout, values: Values) -> Layout:
+    from penstock.archive.topic import is_topic
     from penstock.cli import topic
 
-    if (url := values.text("hub")) and not topic.is_topic(url):
+    if (url := values.text("hub")) and not is_topic(url):
         raise SettingsError(
             f"--hub {url}: an API has its hub in the data folder, or in a topic, kafka://HOST:PORT/TOPIC."
         )
