@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import signal
 import threading
 import time
@@ -217,6 +218,18 @@ class TestReading:
             with pytest.raises(FrameDamaged, match=what) as damaged:
                 hub.read(partition, "1", bytes_max=1)
             assert damaged.value.fields == {"where": f"{partition}/1"}
+
+    def test_a_backlog_is_read_without_pauses(self, hub: KafkaHub) -> None:
+        """Who works on what he read finds more ready: the client fetches on when room is left, and not a second later."""
+        line = b'{"deviceId":"d-1","x":"%b"}\n' % random.Random(1).randbytes(90_000).hex().encode()
+        hub.append([Batch("p", 1, 1, 140, tuple(Group(0, 1, line) for _ in range(140)), True, b"s" * 32)])
+        offset, size, work = "0", 0, threading.Event()
+        began = time.monotonic()
+        while size < 12_000_000:
+            read = hub.read(0, offset, bytes_max=1 << 20)
+            offset, size = read.next_offset, size + sum(len(frame.body) for frame in read.frames)
+            work.wait(0.05)
+        assert time.monotonic() - began < 2.5
 
     def test_many_read_at_once(self, hub: KafkaHub) -> None:
         for sequence in range(1, 40):

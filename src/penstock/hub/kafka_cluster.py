@@ -177,6 +177,7 @@ class Cluster:
                 "fetch.wait.max.ms": 5,  # going elsewhere waits for the fetch before; nobody fetches at the end of a log
                 "queued.min.messages": 1000,
                 "queued.max.messages.kbytes": 2048,  # of each partition that is read
+                "fetch.queue.backoff.ms": 5,  # where so much lay ready; else whoever reads a backlog waits a second for each piece of it
             }
         )
 
