@@ -6,7 +6,7 @@ BIN := .venv/bin
 SEED ?=
 SECONDS ?= 60
 
-.PHONY: run test fmt check bench hostile chaos sim sim-long cuts fuzz
+.PHONY: run test fmt check bench brokers hostile chaos sim sim-long cuts fuzz
 .DEFAULT_GOAL := run
 
 $(BIN)/python:
@@ -54,6 +54,10 @@ check: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python -m bench $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m bench.hosts && $(BIN)/python -m bench.balance)
+
+# Three Kafka brokers on this machine to try --hub kafka:// with, until Ctrl-C.
+brokers: .venv/.dev .venv/.kafka
+	@exec $(BIN)/python -m tests.brokers
 
 # A good client beside slow and hostile ones, and at three times the capacity; the attacks last SECONDS.
 hostile: .venv/.dev

@@ -21,11 +21,12 @@ from rich.console import Console
 from bench.client import client_run
 from bench.codec import floor_ns, gzip_bodies, telemetry
 from bench.growth import RANGES, Bench, Growth, Say, Soak, show_growth, show_soak
+from bench.kafka import KafkaReport, kafka_report, show_kafka
 from bench.memory import warm_memory
 from bench.processor import processor_run
 from bench.report import Report, floor_of, make_report, show
 from bench.run import Options, Run, Work, run
-from bench.system import BenchError
+from bench.system import BenchError, System
 
 SINGLES = 4000
 KINDS = ("batches", "single", "single numbered")
@@ -46,6 +47,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     add("--log-bytes", type=int, default=5_000_000_000, help="far end of the range of the log (5000000000)")
     add("--soak", type=float, nargs="?", const=600.0, metavar="SECONDS", help="memory over a long run (600 s)")
+    add("--hub", choices=("embedded", "kafka"), default="embedded", help="kafka: a topic beside the embedded hub")
+    add("--brokers", type=int, default=1, help="of the topic, on this machine (1)")
     add("--only", action="append", choices=(*KINDS, CLIENT, PROCESSOR), help="only this; may be given several times")
     add("--seconds", type=float, default=20.0, help="length of each measured window (20)")
     add("--warm-up", type=float, default=3.0, help="seconds of load before it (3)")
@@ -118,11 +121,14 @@ class Prepared:
         return path
 
 
+def batches_of(options: Options, bodies: Path) -> Work:
+    return Work("batches", bodies, options.events_per_batch, options.connections, zipped=True, numbered=True)
+
+
 def load_runs(folder: Path, options: Options, prepared: Prepared, kinds: Sequence[str], say: Say) -> Report:
     path, bodies = prepared.batches(options.devices)
     singles = prepared.singles()
-    batches = Work("batches", path, options.events_per_batch, options.connections, zipped=True, numbered=True)
-    works = [batches] + [
+    works = [batches_of(options, path)] + [
         Work(kind, singles, 1, options.single_connections, zipped=False, numbered=kind != "single")
         for kind in KINDS[1:]
     ]
@@ -132,7 +138,7 @@ def load_runs(folder: Path, options: Options, prepared: Prepared, kinds: Sequenc
     for work in works:
         if work.name in kinds:
             say(f"{work.name}: {work.connections} connections, {options.warm_up_s:g} + {options.seconds:g} s")
-            runs.append(run(folder / work.name.replace(" ", "-"), options, work))
+            runs.append(run(System(folder / work.name.replace(" ", "-"), options.up()), options, work))
     after_ns = floor_ns(bodies, events=options.events_per_batch, seconds=options.floor_s)
     client = None
     if CLIENT in kinds:
@@ -147,6 +153,11 @@ def load_runs(folder: Path, options: Options, prepared: Prepared, kinds: Sequenc
             folder / PROCESSOR, options.up(), path, per_body=options.events_per_batch, events=options.processor_events
         )
     return make_report(options, floor_of(before_ns, after_ns), runs, client, processor)
+
+
+def kafka_run(folder: Path, options: Options, prepared: Prepared, given: argparse.Namespace, say: Say) -> KafkaReport:
+    work = batches_of(options, prepared.batches(options.devices)[0])
+    return kafka_report(folder, options, work, nodes=given.brokers, backlog_s=given.seconds, say=say)
 
 
 def main(words: Sequence[str]) -> int:
@@ -169,8 +180,11 @@ def main(words: Sequence[str]) -> int:
         with warm_memory(), tempfile.TemporaryDirectory(prefix="run-", dir=given.folder.resolve()) as name:
             folder = Path(name)
             prepared = Prepared(folder, options, say)
-            figures: Report | Growth | Soak
-            if ranges:
+            figures: Report | Growth | Soak | KafkaReport
+            if given.hub == "kafka":
+                figures = kafka_run(folder, options, prepared, given, say)
+                show_kafka(figures, out)
+            elif ranges:
                 figures = Bench(folder, options, prepared.batches, say).growth(ranges, given.log_bytes)
                 show_growth(figures, out)
             elif given.soak is not None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -188,18 +188,18 @@ def measure(system: System, plan: Plan, *, sample_s: float = SAMPLE_S) -> Window
         return Window(loader.result(), used, sampler.samples)
 
 
-def run(folder: Path, options: Options, work: Work) -> Run:
-    """A fresh system, one load, and its end."""
-    with System(folder, options.up()) as system:
+def run(system: System, options: Options, work: Work, settled: Settle | None = None) -> Run:
+    """A fresh system, one load, and its end. `settled`: what compares the counts, if not `settle`."""
+    with system:
         names = system.parts()
         before = cpu_s(names)
         plan = plan_of(work, system, warm_up_s=options.warm_up_s, seconds=options.seconds, producer="load")
         window = measure(system, plan)
-        counts = settle(system, [window.result], numbered=work.numbered)
+        counts = (settled or settle)(system, [window.result], numbered=work.numbered)
         after = cpu_s(names)
         peaks = _peaks(names, window)
     if system.exit_code != 0:
-        counts.remarks.append(f"penstock up ended with exit code {system.exit_code}")
+        counts.remarks.append(f"penstock {system.kind} ended with exit code {system.exit_code}")
     result = window.result
     to_the_end = {pid: after.get(pid, 0.0) - before[pid] for pid in names}
     parts = [
@@ -240,6 +240,10 @@ class Counts(msgspec.Struct):
     audit_exit: int
     problems: list[str]
     remarks: list[str]
+
+
+class Settle(Protocol):
+    def __call__(self, system: System, results: Sequence[Result], /, *, numbered: bool) -> Counts: ...
 
 
 def settle(system: System, results: Sequence[Result], *, numbered: bool) -> Counts:

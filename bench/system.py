@@ -55,18 +55,24 @@ class _Storage(msgspec.Struct):
     bytes_used: int
 
 
-class Status(msgspec.Struct):
-    """What we read of `GET /v1/status`."""
+class _Running(msgspec.Struct):
+    """What we read of `GET /v1/status`, whatever the hub is."""
 
-    totals: _Totals
-    storage: _Storage
     parts: list[Part]
 
 
-class System:
-    """`with System(folder, options) as system`: everything in `folder` is removed at the end."""
+class Status(_Running):
+    """And of an embedded hub."""
 
-    def __init__(self, folder: Path, options: Sequence[str]) -> None:
+    totals: _Totals
+    storage: _Storage
+
+
+class System:
+    """`with System(folder, options) as system`: everything in `folder` is removed at the end. `kind`: `up` or `api`."""
+
+    def __init__(self, folder: Path, options: Sequence[str], kind: str = "up") -> None:
+        self.kind = kind
         self._folder = folder
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -76,10 +82,10 @@ class System:
 
     def __enter__(self) -> System:
         self._folder.mkdir(parents=True)
-        self._log = (self._folder / "up.log").open("wb")
+        self._log = (self._folder / "log").open("wb")
         listen = ("--listen", f"127.0.0.1:{self.port}", "--admin", f"127.0.0.1:{self._admin}")
         self._process = subprocess.Popen(
-            [*self.words("up"), *listen, "--anonymous", *self._options],
+            [*self.words(self.kind), *listen, "--anonymous", *self._options],
             cwd=self._folder,
             env=environment(),
             stdin=subprocess.DEVNULL,
@@ -101,12 +107,11 @@ class System:
     def parts(self) -> dict[int, str]:
         """Names of all processes of the tree; one that the system does not name is called after its number."""
         assert self._process is not None
-        named = {part.pid: part.name for part in self.status().parts} | {self._process.pid: "supervisor"}
+        named = {part.pid: part.name for part in self._running()} | {self._process.pid: "supervisor"}
         return {pid: named.get(pid, f"process-{pid}") for pid in _tree(self._process.pid)}
 
     def status(self) -> Status:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._admin}/v1/status", timeout=30) as answer:
-            return msgspec.json.decode(answer.read(), type=Status)
+        return msgspec.json.decode(self._status(), type=Status)
 
     def command(self, *words: str) -> int:
         """Exit code of a command about this installation; what it says goes to our standard error if it is not 0."""
@@ -124,6 +129,14 @@ class System:
     def words(self, command: str) -> list[str]:
         return [sys.executable, "-m", "penstock", command, "--data", str(self._folder / "data")]
 
+    def _running(self) -> list[Part]:
+        return msgspec.json.decode(self._status(), type=_Running).parts
+
+    def _status(self) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._admin}/v1/status", timeout=30) as answer:
+            text: bytes = answer.read()
+            return text
+
     def _await_ready(self) -> None:
         """Until every worker listens: connections that came earlier would all be with the first one."""
         assert self._process is not None
@@ -132,12 +145,12 @@ class System:
             if self._process.poll() is not None:
                 break
             with contextlib.suppress(OSError):
-                workers = sum(part.name.startswith("api") for part in self.status().parts)
+                workers = sum(part.name.startswith("api") for part in self._running())
                 if _listeners(self.port) >= workers > 0:
                     return
             time.sleep(0.1)
-        tail = (self._folder / "up.log").read_text("utf-8", "replace")[-4000:]
-        raise BenchError(f"penstock up is not ready, exit code {self._process.poll()}:\n{tail}")
+        tail = (self._folder / "log").read_text("utf-8", "replace")[-4000:]
+        raise BenchError(f"penstock {self.kind} is not ready, exit code {self._process.poll()}:\n{tail}")
 
     def _end(self) -> None:
         assert self._process is not None and self._log is not None

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +30,9 @@ _HERE = Path(__file__).parent / "kafka"
 _LIB = Path(sys.prefix) / "kafka"
 _START_S, _INSTALL_S = 90.0, 300.0
 _TRIES = 3
+QUICK_TO_START = ("-Xms256m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+FAST = ("-Xms512m", "-Xmx512m", "-XX:+UseG1GC")
 _JAVA = (
-    "java",
-    "-XX:+UseSerialGC",
-    "-XX:TieredStopAtLevel=1",
     f"-Dlog4j2.configurationFile={_HERE / 'log4j2.properties'}",
     "-cp",
     f"{_LIB}/*",
@@ -49,6 +48,7 @@ class Node:
 
     def __init__(self, number: int, folder: Path, settings: str, port: int) -> None:
         self.number = number
+        self.jvm: Sequence[str] = QUICK_TO_START
         self.address = f"127.0.0.1:{port}"
         self._folder = folder
         self._settings = folder / "server.properties"
@@ -66,8 +66,9 @@ class Node:
         return [line.partition("=")[2] for line in lines if line.startswith(f"{name}=")][-1]
 
     def format(self, cluster: str) -> None:
+        words = ["kafka.tools.StorageTool", "format", "--cluster-id", cluster, "--config", str(self._settings)]
         done = subprocess.run(
-            [*_JAVA, "kafka.tools.StorageTool", "format", "--cluster-id", cluster, "--config", str(self._settings)],
+            ["java", *QUICK_TO_START, *_JAVA, *words],
             capture_output=True,
             timeout=_START_S,
             check=False,
@@ -77,12 +78,17 @@ class Node:
     def start(self) -> None:
         with (self._folder / "broker.log").open("ab") as output:
             self._process = subprocess.Popen(
-                [*_JAVA[:1], "-Xms256m", "-Xmx256m", *_JAVA[1:], "kafka.Kafka", str(self._settings)],
+                ["java", *self.jvm, *_JAVA, "kafka.Kafka", str(self._settings)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "only a started broker has one"
+        return self._process.pid
 
     @property
     def lives(self) -> bool:
@@ -156,7 +162,7 @@ def made_topic(at: Brokers, partitions: int) -> tuple[Cluster, str]:
 def brokers(folder: Path, count: int = 1, *, before: Callable[[Node], None] | None = None) -> Iterator[Brokers]:
     """`count` brokers with their data in `folder`; `before` each starts. Skips the test when this machine cannot have them."""
     pytest.importorskip("confluent_kafka", reason="confluent-kafka is not installed: pip install 'penstock[kafka]'")
-    _install()
+    install()
     for attempt in range(_TRIES):
         made = _made(folder / str(attempt), count)
         try:
@@ -241,7 +247,7 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def _install() -> None:
+def install() -> None:
     if shutil.which("java") is None:
         pytest.skip("there is no java for a Kafka broker")
     if (_LIB / ".whole").exists():

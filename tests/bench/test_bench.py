@@ -19,6 +19,7 @@ from bench.growth import drift
 from bench.load import Latency, Plan, Result
 from bench.run import Loader, wrong_counts
 from bench.system import Memory
+from tests import kafka_broker
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -158,3 +159,34 @@ def test_one_second_of_everything(tmp_path: Path) -> None:
     assert report["processor"]["problems"] == [] and len(report["processor"]["figures"]) == 4
     assert len(report["targets"]) == 16
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_moment_on_a_topic(tmp_path: Path) -> None:
+    """Its counts, that is; a broker that has just begun does not do more."""
+    kafka_broker.install()
+    small = "--hub kafka --seconds 0.5 --warm-up 0.1 --bodies 4 --events-per-batch 100 --workers 1 --partitions 2"
+    done = bench("bench", *small.split(), "--folder", str(tmp_path), "--json", "-")
+    assert done.returncode == 0, done.stderr.decode()
+    report = json.loads(done.stdout)
+    assert report["ok"] is True and report["topic"]["remarks"] == []
+    assert 0 < report["topic"]["sent"] == report["topic"]["accepted"] == report["topic"]["archived"]
+    assert report["backlog"]["events"] > 0 and report["backlog"]["problems"] == []
+    parts = {part["name"]: part for part in report["topic"]["parts"]}
+    assert set(parts) == {"supervisor", "api-0", "archiver", "broker 1"}
+    assert parts["broker 1"]["cpu_us_per_event"] > 0
+    assert len(report["targets"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_brokers_to_try_a_topic_with() -> None:
+    kafka_broker.install()
+    words = [sys.executable, "-m", "tests.brokers", "--count", "1"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        said = [program.stdout.readline() for _ in range(2)]
+        found = re.fullmatch(r"broker 1 at (127\.0\.0\.1):(\d+), process (\d+)\n", said[0])
+        assert found is not None and said[1].startswith(f"--hub kafka://{found[1]}:{found[2]}/telemetry ")
+        socket.create_connection((found[1], int(found[2])), 10).close()
+        program.terminate()
+        assert program.wait(30) == 0
+    assert not Path(f"/proc/{found[3]}").exists()
