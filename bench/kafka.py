@@ -151,12 +151,17 @@ def api_us(of: Run) -> float:
     return sum(part.cpu_us_per_event for part in of.parts if part.name.startswith("api"))
 
 
+def per_core_s(of: Run) -> float:
+    """Events for each CPU second of the API; 0 where none was accepted in the window."""
+    return 1e6 / api_us(of) if api_us(of) else 0.0
+
+
 def brokers_us(of: Run) -> float:
     return sum(part.cpu_us_per_event for part in of.parts if part.name.startswith("broker"))
 
 
 def _targets(embedded: Run, topic: Run, left: Backlog) -> Iterator[Target]:
-    ratio = api_us(embedded) / api_us(topic)
+    ratio = per_core_s(topic) / per_core_s(embedded) if per_core_s(embedded) else 0.0
     yield target("events for each CPU second of the API, Kafka ÷ embedded", ratio, API_LEAST, "×", at_least=True)
     per_core = left.archived_per_core_s
     yield target("archived for each CPU second of a host", per_core, ARCHIVE_LEAST, "events/s", at_least=True)
@@ -168,7 +173,7 @@ def show_kafka(report: KafkaReport, out: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row("accepted events/s, durable", *(f"{one.events_per_s:,.0f}" for one in runs))
-    table.add_row("events for each CPU second of the API", *(f"{1e6 / api_us(one):,.0f}" for one in runs))
+    table.add_row("events for each CPU second of the API", *(f"{per_core_s(one):,.0f}" for one in runs))
     table.add_row("API CPU, µs an event", *(f"{api_us(one):.3f}" for one in runs))
     table.add_row("brokers' CPU, µs an event", "", f"{brokers_us(report.topic):.3f}")
     archive = (f"{one.archive_cpu_us_per_event:.3f}" for one in runs)

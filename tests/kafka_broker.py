@@ -248,6 +248,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def install() -> None:
+    """What brokers consist of, if it is not there yet. Skips the test when this machine cannot have them."""
     if shutil.which("java") is None:
         pytest.skip("there is no java for a Kafka broker")
     if (_LIB / ".whole").exists():

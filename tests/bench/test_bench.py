@@ -173,7 +173,7 @@ def test_a_moment_on_a_topic(tmp_path: Path) -> None:
     assert report["backlog"]["events"] > 0 and report["backlog"]["problems"] == []
     parts = {part["name"]: part for part in report["topic"]["parts"]}
     assert set(parts) == {"supervisor", "api-0", "archiver", "broker 1"}
-    assert parts["broker 1"]["cpu_us_per_event"] > 0
+    assert parts["broker 1"]["cpu_us_per_event_to_the_end"] > 0
     assert len(report["targets"]) == 2
     assert list(tmp_path.iterdir()) == []
 
