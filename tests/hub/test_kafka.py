@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
@@ -251,6 +252,15 @@ class TestReading:
         for thread in threads:
             thread.join()
         assert wrong == []
+
+    def test_an_end_that_the_brokers_do_not_say_is_no_end(self, hub: KafkaHub, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`penstock flush` would take it for an empty log and say that everything is archived."""
+        hub.append([batch(1)])
+        nowhere = SimpleNamespace(offset=-1, timestamp=-1)
+        monkeypatch.setattr(hub, "_offsets", lambda partitions, _which: dict.fromkeys(partitions, nowhere))
+        for ask in (hub.cut, lambda: hub.bounds(0), lambda: hub.locate(0, NINE_MS)):
+            with pytest.raises(HubUnavailable, match="do not say where"):
+                ask()
 
 
 class TestWriting:

@@ -115,8 +115,8 @@ class KafkaHub:
 
     def bounds(self, partition: int) -> Bounds:
         self._number(partition, "0")
-        first = self._offsets([partition], OffsetSpec.earliest())[partition].offset
-        following = self._offsets([partition], OffsetSpec.latest())[partition].offset
+        first = self._edges([partition], OffsetSpec.earliest())[partition]
+        following = self._edges([partition], OffsetSpec.latest())[partition]
         oldest = self._offsets([partition], OffsetSpec.for_timestamp(0))[partition].timestamp
         newest = self._newest_ms(partition, first, following)
         return Bounds(first << PLACE_BITS, following << PLACE_BITS, 0, max(0, oldest), max(0, newest))
@@ -131,7 +131,7 @@ class KafkaHub:
         self._number(partition, "0")
         found = self._offsets([partition], OffsetSpec.for_timestamp(max(0, at_ms)))[partition].offset
         if found < 0:
-            found = self._offsets([partition], OffsetSpec.latest())[partition].offset
+            found = self._edges([partition], OffsetSpec.latest())[partition]
         return str(found)
 
     def retention(self) -> tuple[float | None, int | None]:
@@ -145,14 +145,14 @@ class KafkaHub:
 
     def cut(self) -> Sequence[str]:
         every = range(self._count)
-        firsts, ends = self._offsets(every, OffsetSpec.earliest()), self._offsets(every, OffsetSpec.latest())
+        firsts, ends = self._edges(every, OffsetSpec.earliest()), self._edges(every, OffsetSpec.latest())
         due, reached = [], []
         for partition in every:
-            end = ends[partition].offset
-            last = list(self._between(partition, max(firsts[partition].offset, end - 1), end))
+            end = ends[partition]
+            last = list(self._between(partition, max(firsts[partition], end - 1), end))
             is_cut = bool(last) and last[0].kind is FrameKind.CUT_MARKER
             reached.append(str(end - is_cut))
-            if end > firsts[partition].offset and not is_cut:
+            if end > firsts[partition] and not is_cut:
                 due.append(partition)
         self._mark(due, FrameKind.CUT_MARKER)
         return reached
@@ -218,6 +218,13 @@ class KafkaHub:
             shares=_bytes(headers.get(SHARES)),
             owners=_bytes(headers.get(OWNERS)),
         )
+
+    def _edges(self, partitions: Sequence[int], which: OffsetSpec) -> Mapping[int, int]:
+        """Where each partition begins or ends. "Nowhere" is no answer: whoever took it for one would believe that all is archived."""
+        found = {partition: info.offset for partition, info in self._offsets(partitions, which).items()}
+        if unknown := [partition for partition, offset in found.items() if offset < 0]:
+            raise self._cluster.unavailable(f"they do not say where the partitions {unknown} begin or end")
+        return found
 
     def _offsets(self, partitions: Sequence[int], which: OffsetSpec) -> Mapping[int, ListOffsetsResultInfo]:
         """Where it is in each partition; an offset of -1: nowhere."""
