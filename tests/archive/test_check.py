@@ -301,4 +301,7 @@ def test_a_hub_without_an_archiver_misses_no_ledger_behind_its_retention(rig: Ri
     rig.put(2)
     rig.hub.trim(0, before="2")
     assert audit(rig.hub, rig.store, archived=False).ok
-    assert not audit(rig.hub, rig.store).ok
+    assert audit(rig.hub, rig.store).ok, "nothing was ever archived, so retention had not to wait"
+    rig.write_lease(0)
+    assert audit(rig.hub, rig.store, archived=False).ok
+    assert not audit(rig.hub, rig.store).ok, "somebody has begun to, and what he had not read is gone"

@@ -287,7 +287,7 @@ def test_without_the_filter_copies_are_archived(rig: Rig, monkeypatch: pytest.Mo
     assert len(rig.archived()) == 6
 
 
-def test_states_are_kept_where_the_last_file_begins_and_ends(rig: Rig) -> None:
+def test_states_are_kept_where_the_last_file_begins_and_ends_and_where_the_log_reaches(rig: Rig) -> None:
     for sequence in range(1, 7):
         rig.topic.put(("p", 1, sequence, range(1), 1))
         rig.close_period()
@@ -295,8 +295,15 @@ def test_states_are_kept_where_the_last_file_begins_and_ends(rig: Rig) -> None:
             rig.run()
     rig.run()
     ends = [record.next for record in rig.records()]
-    assert [blob.name for blob in rig.store.list("_producers/")] == [state_name(0, end) for end in ends[-2:]]
+    assert [blob.name for blob in rig.store.list("_producers/")] == [state_name(0, end) for end in ends]
     assert rig.state(ends[-1]).producers == rig.scanned(ends[-1])
+    rig.topic.first = rig.topic.end
+    rig.topic.put(("p", 1, 7, range(1), 1))
+    rig.close_period()
+    rig.run()
+    assert [blob.name for blob in rig.store.list("_producers/")] == [
+        state_name(0, end) for end in (ends[-1], rig.records()[-1].next)
+    ]
 
 
 def test_a_state_that_is_gone_is_made_again_from_the_log(rig: Rig) -> None:

@@ -39,8 +39,11 @@ class AuditedHub(Hub, Protocol):
         ...
 
 
-def verify(store: BlobStore) -> Report:
-    """Ledger, files and manifests of a store: adjacent, complete, and the content what the records say."""
+def verify(store: BlobStore, *, differing: list[Record] | None = None) -> Report:
+    """Ledger, files and manifests of a store: adjacent, complete, and the content what the records say.
+
+    `differing` gets the records whose files are there and not so.
+    """
     problems: list[str] = []
     rows = Rows()
     known = _owner(store, problems)
@@ -53,7 +56,7 @@ def verify(store: BlobStore) -> Report:
     lost: dict[str, Gap] = {}
     for partition in range(known.partitions):
         done = checkpoint(store, partition)
-        records = _ledger(store, known, partition, problems)
+        records = chain(store, known, partition, problems)
         for record in records:
             if isinstance(record, Gap):
                 gaps.append(record)
@@ -67,6 +70,8 @@ def verify(store: BlobStore) -> Report:
             problems.append(f"partition {partition}: checkpoint {done} is beyond the ledger's end {records[-1].next}")
     for (record, _), (present, wrong) in zip(found, _files(store, found), strict=True):
         problems += wrong
+        if present and wrong and differing is not None:
+            differing.append(record)
         if present or record.file not in lost:
             rows.add(record, file_present=present)
         else:
@@ -90,7 +95,7 @@ def _owner(store: BlobStore, problems: list[str]) -> Owner | None:
     return known
 
 
-def _ledger(store: BlobStore, known: Owner, partition: int, problems: list[str]) -> list[Link]:
+def chain(store: BlobStore, known: Owner, partition: int, problems: list[str]) -> list[Link]:
     """All records of a partition in order. Where the chain is broken, it goes on at the next that is listed."""
     ledger = Ledger(store, known.hub, partition)
     listed = ledger.listed()
@@ -187,7 +192,8 @@ def _manifests(
 def audit(hub: AuditedHub, store: BlobStore, *, deep: bool = False, archived: bool = True) -> Report:
     """accepted = logged = archived + pending, for each hour and partition. `deep` checks the content too, and verifies.
 
-    `archived` is False for a hub without an archiver: what retention deleted is then in no ledger, and not missed.
+    `archived` is False for a hub without an archiver: what retention deleted is then in no ledger, and not missed. Nor is it where no
+    archive has begun, in a partition without lease and record: its log is deleted only under `--archive none`.
 
     Read in this order: ledger, accepted, log. `accepted` is the state of one moment, and its sum is how far the log was at that
     moment; the log is read up to there, so events that come in meanwhile do not matter.
@@ -199,14 +205,16 @@ def audit(hub: AuditedHub, store: BlobStore, *, deep: bool = False, archived: bo
         problems.append(f"the store belongs to hub {known.hub}, the log to {hub.id}")
         return rows.report(problems)
     partitions = range(hub.partitions())
-    records = [_ledger(store, known, partition, problems) if known else [] for partition in partitions]
+    records = [chain(store, known, partition, problems) if known else [] for partition in partitions]
     bounds = [hub.bounds(partition) for partition in partitions]
     accepted: list[dict[str, int]] = [{} for _ in partitions]
     for start_ms, partition, events in hub.accepted():
         hour = hour_name(start_ms, hub.period_s)
         accepted[partition][hour] = accepted[partition].get(hour, 0) + events
     for partition in partitions:
-        part = _Partition(hub, partition, records[partition], accepted[partition], deep, archived, problems)
+        begun = bool(records[partition]) or checkpoint(store, partition) is not None
+        compared = archived and (begun or hub.bounds(partition).first == 0)
+        part = _Partition(hub, partition, records[partition], accepted[partition], deep, compared, problems)
         part.check(bounds[partition].next, rows)
     if deep and known is not None:
         problems += verify(store).problems

@@ -4,6 +4,7 @@ For a hub that keeps no producers. What is known of them at a place in the log i
 files end, `_producers/{partition}/{next:020}`: written when the file is in the store and before the checkpoint moves there, so whoever
 begins at a checkpoint finds it. It is put and not created, since whoever writes it writes the same. When it is missing all the same, the
 log is read again from the last place where there is one, or from its beginning; what the brokers had deleted by then is not known any more.
+Some older ones are kept for as long as the log reaches back to them: whoever judges the log again (judged.py) begins at the oldest.
 
 Nothing that is left out or dead changes what is known. So it does not matter that a file ends behind the last frame that was taken, and
 that what comes behind that is judged again by whoever begins there. Dead letters are named after their place: whoever comes to one again
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -23,7 +24,7 @@ import msgspec
 from penstock.archive.cut import period_start_ms
 from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, BlobNotFound, FrameDamaged, OffsetTrimmed
-from penstock.events import Frame, FrameKind, Source
+from penstock.events import DEVICE_FIELD, Frame, FrameKind, Source
 from penstock.hub import Hub
 from penstock.hub.duplicates import Known, Reason, Share, Verdict, identity, judge, shares_of
 from penstock.hub.producers import WINDOW_MS
@@ -33,6 +34,8 @@ from penstock.wire.frame import PLAIN_BYTES_MAX, content, crc32, member
 READ_BYTES_MAX: Final = 4 << 20
 LOOK_BACK_MS: Final = 3_600_000
 FORMAT: Final = 1
+STATES_KEPT: Final = 8
+"""Beside those where the last file begins and ends."""
 _NAME: Final = re.compile(r"_producers/\d+/(\d{20})")
 
 
@@ -63,6 +66,7 @@ class Dead(msgspec.Struct, frozen=True, omit_defaults=True):
     sha256: str
     events: list[msgspec.Raw]
     owner: str = ""
+    device_field: str = DEVICE_FIELD
 
 
 def state_name(partition: int, at: int) -> str:
@@ -71,6 +75,54 @@ def state_name(partition: int, at: int) -> str:
 
 def dead_name(partition: int, sequence_number: int) -> str:
     return f"_dead/{partition}/{sequence_number:020}.json"
+
+
+def states(store: BlobStore, partition: int) -> list[int]:
+    """Where a listing shows that what is known is kept, in order."""
+    names = (_NAME.fullmatch(blob.name) for blob in store.list(f"_producers/{partition}/"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def read_state(store: BlobStore, hub_id: str, partition: int, at: int) -> State | None:
+    """What is kept there; None if nothing is. Raises ArchiveError."""
+    if at == 0:
+        return None
+    name = state_name(partition, at)
+    try:
+        packed = store.get(name).body
+    except BlobNotFound:
+        return None
+    try:
+        state = msgspec.msgpack.decode(packed, type=State)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ArchiveError(f"{name} cannot be read: {error}", partition=partition) from error
+    if (state.format, state.hub, state.partition, state.next) != (FORMAT, hub_id, partition, at):
+        raise ArchiveError(f"{name} is not of this place, hub or format", partition=partition)
+    return state
+
+
+def verdicts(known: dict[str, Known], frame: Frame, period_s: int) -> Iterator[tuple[Source, Share, Verdict]]:
+    """What becomes of each source of a frame; `known`, by identity, goes on with it."""
+    # The period's start, because a reader that began later may clamp a broker's time otherwise within the period.
+    at_ms = period_start_ms(frame.enqueued_at_ms, period_s)
+    for source, share in shares_of(frame):
+        who = identity(source, share)
+        verdict, following = judge(known.get(who), source, share, at_ms)
+        if following is not None:
+            known[who] = following
+        yield source, share, verdict
+
+
+def surplus(kept: Sequence[int], log_first: int) -> list[int]:
+    """Of the places where states are kept those that nobody needs: not the last two, and of the others some that the log still reaches."""
+    older = [at for at in kept[:-2] if at >= log_first]
+    drop = [at for at in kept[:-2] if at < log_first]
+    while len(older) > STATES_KEPT:
+        # The one whose neighbours are nearest, but never the oldest: so they stay spread over the log.
+        around = [*older, kept[-2]]
+        at = min(range(1, len(older)), key=lambda n: around[n + 1] - around[n - 1])
+        drop.append(older.pop(at))
+    return drop
 
 
 class Producers:
@@ -104,22 +156,14 @@ class Producers:
         self._go_on(state, place, at)
 
     def judged(self, frame: Frame) -> Iterator[tuple[Source, Share, Verdict]]:
-        # The period's start, because a reader that began later may clamp a broker's time otherwise within the period.
-        at_ms = period_start_ms(frame.enqueued_at_ms, self._hub.period_s)
-        for source, share in shares_of(frame):
-            who = identity(source, share)
-            verdict, known = judge(self.known.get(who), source, share, at_ms)
-            if known is not None:
-                self.known[who] = known
-            yield source, share, verdict
+        return verdicts(self.known, frame, self._hub.period_s)
 
     def forget(self, at_ms: int) -> None:
         """Those who are as good as new by then."""
         self.known = {name: known for name, known in self.known.items() if at_ms - known.seen_at_ms <= WINDOW_MS}
 
     def listed(self) -> list[int]:
-        names = (_NAME.fullmatch(blob.name) for blob in self._store.list(f"_producers/{self._partition}/"))
-        return [int(match[1]) for match in names if match]
+        return states(self._store, self._partition)
 
     def _go_on(self, state: State | None, place: int, at: int) -> None:
         self.known = dict(state.producers) if state else {}
@@ -127,20 +171,7 @@ class Producers:
             self._read_again(place, at)
 
     def _read(self, at: int) -> State | None:
-        if at == 0:
-            return None
-        name = state_name(self._partition, at)
-        try:
-            packed = self._store.get(name).body
-        except BlobNotFound:
-            return None
-        try:
-            state = msgspec.msgpack.decode(packed, type=State)
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise ArchiveError(f"{name} cannot be read: {error}", partition=self._partition) from error
-        if (state.format, state.hub, state.partition, state.next) != (FORMAT, self._hub.id, self._partition, at):
-            raise ArchiveError(f"{name} is not of this place, hub or format", partition=self._partition)
-        return state
+        return read_state(self._store, self._hub.id, self._partition, at)
 
     def _read_again(self, start: int, end: int) -> None:
         bits = self._hub.place_bits
@@ -194,15 +225,16 @@ class Filter:
         return _part(frame, keep) if keep else None
 
     def save(self, at: int, at_ms: int) -> None:
-        """Keep what is known, for whoever begins there; and nothing from before the file that ends there. `at_ms`: of its hour."""
+        """Keep what is known where a file ends, and some of what was known before. `at_ms`: of the file's hour."""
         self._producers.forget(at_ms)
         producers = dict(sorted(self._producers.known.items()))
         state = State(FORMAT, self._hub.id, self._partition, at, producers)
         self._store.put(state_name(self._partition, at), io.BytesIO(msgspec.msgpack.encode(state)))
         self._kept.append(at)
-        for old in self._kept[:-2]:
-            self._store.delete(state_name(self._partition, old))
-        del self._kept[:-2]
+        if len(self._kept) > 2:
+            for old in surplus(self._kept, self._hub.bounds(self._partition).first):
+                self._store.delete(state_name(self._partition, old))
+                self._kept.remove(old)
 
     def _bury(self, number: int, source: Source, share: Share, reason: Reason, lines: list[bytes]) -> None:
         dead = Dead(
@@ -216,6 +248,7 @@ class Filter:
             source.sha256.hex(),
             [msgspec.Raw(line) for line in lines],
             share.owner,
+            source.device_field,
         )
         self._store.put(dead_name(self._partition, number), io.BytesIO(msgspec.json.encode(dead)))
         self._log.warning(

@@ -10,7 +10,10 @@ from penstock.archive.ledger import Gap, Record
 
 
 class Row(msgspec.Struct):
-    """Events of one hour and partition. `accepted` and `logged` are null where nothing is left to compare with."""
+    """Events of one hour and partition. `accepted` and `logged` are null where nothing is left to compare with.
+
+    `copies` and `dead` are of the events `logged`: those that it has twice, and dead letters; null where the hub takes no copies.
+    """
 
     hour: str
     partition: int
@@ -20,6 +23,8 @@ class Row(msgspec.Struct):
     pending: int = 0
     files: int = 0
     raw_bytes: int = 0
+    copies: int | None = None
+    dead: int | None = None
 
 
 class Totals(msgspec.Struct):
@@ -31,12 +36,15 @@ class Totals(msgspec.Struct):
     pending: int = 0
     files: int = 0
     raw_bytes: int = 0
+    copies: int = 0
+    dead: int = 0
 
 
 class Report(msgspec.Struct):
     """What a check found: `ok` if and only if there is no problem. `pending`: in no file yet, which is no problem.
 
-    `gaps`: events of which the ledger says that they are in no file, and why; no problem either, but to be seen.
+    `gaps`: events of which the ledger says that they are in no file, and why; no problem either, but to be seen. `notes`: what could
+    not be compared, and why.
     """
 
     ok: bool
@@ -44,6 +52,7 @@ class Report(msgspec.Struct):
     rows: list[Row]
     totals: Totals
     gaps: list[Gap]
+    notes: list[str] = []
 
 
 class Rows:
@@ -64,7 +73,7 @@ class Rows:
         else:
             row.pending += record.events
 
-    def report(self, problems: list[str], gaps: Sequence[Gap] = ()) -> Report:
+    def report(self, problems: list[str], gaps: Sequence[Gap] = (), notes: Sequence[str] = ()) -> Report:
         rows = [row for _, row in sorted(self._rows.items())]
         totals = Totals(**{name: sum(getattr(row, name) or 0 for row in rows) for name in Totals.__struct_fields__})
-        return Report(not problems, list(dict.fromkeys(problems)), rows, totals, list(gaps))
+        return Report(not problems, list(dict.fromkeys(problems)), rows, totals, list(gaps), list(notes))

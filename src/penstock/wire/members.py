@@ -58,6 +58,24 @@ def measure(parts: Iterable[bytes]) -> Measured:
     return Measured(lines, raw_bytes, crc)
 
 
+def lines_of(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of such a file, each with its line feed; what stands behind the last is one too. Raises ValueError."""
+    unzip, rest = isal_zlib.decompressobj(31), b""
+    for zipped in _small(parts):
+        while zipped:
+            try:
+                plain = unzip.decompress(zipped, PLAIN_BYTES_AT_ONCE)
+            except isal_zlib.error as error:
+                raise ValueError(f"a gzip member cannot be unzipped: {error}") from error
+            *whole, rest = (rest + plain).split(b"\n")
+            yield from [line + b"\n" for line in whole]
+            zipped = unzip.unconsumed_tail
+            if unzip.eof:
+                zipped, unzip = unzip.unused_data, isal_zlib.decompressobj(31)
+    if rest:
+        yield rest
+
+
 def _small(parts: Iterable[bytes]) -> Iterator[bytes]:
     """Each end of a member copies what is left of the part behind it, so parts are kept short."""
     for part in parts:

@@ -1,0 +1,381 @@
+"""The audit of a log that has batches twice (a Kafka topic): each event that it holds is in one file, a copy, a dead letter, or waits.
+
+Nobody counts there what was accepted, so the log itself is judged again, by the rules of the archive's filter (hub/duplicates.py), and
+what it takes of each record's range is compared with the record: the number of events, and with `deep` their bytes; then `verify` compares
+the files with the records. What differs is named event by event.
+
+Judging needs what was known of producers where it begins: nothing, where nothing was ever before; else a state that the filter has kept
+(filter.py). What the brokers have deleted, and what lies before the first such state, is not compared, and that is said.
+
+It reads only, and may run while the system does: first the lease, then the ledger, then the log's end. So whatever lies below the
+checkpoint that was read has its record or letter, and every record lies below the end. If the brokers delete what is being read, the
+partition is begun anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
+from typing import Final, NamedTuple
+
+import msgspec
+
+from penstock.archive.begin import passed_ms
+from penstock.archive.check import READ_BYTES_MAX, chain, verify
+from penstock.archive.cut import hour_name, hour_start_ms, period_start_ms
+from penstock.archive.differences import COPIES, DEAD, differences, digest_of
+from penstock.archive.filter import dead_name, read_state, states, verdicts
+from penstock.archive.hours import archive_lease
+from penstock.archive.ledger import Gap, Link, Record, owner
+from penstock.archive.letters import places, read_dead
+from penstock.archive.report import Report, Rows
+from penstock.blobs import BlobStore
+from penstock.errors import ArchiveError, FrameDamaged, OffsetTrimmed
+from penstock.events import Bounds, Frame, Source
+from penstock.hub import Hub
+from penstock.hub.duplicates import Known, Reason, Share, Verdict
+from penstock.processor.lease import Lease
+from penstock.wire.frame import content, crc32
+
+NAMED_FILES: Final = 5
+"""Of so many files of a partition the events are named in which they differ."""
+
+Judged = tuple[Frame, str, Sequence[tuple[Source, Share, Verdict]]]
+"""A frame, its hour, and its sources."""
+
+
+class Begin(NamedTuple):
+    """Where judging begins, and what is known there."""
+
+    at: int
+    known: Mapping[str, Known]
+
+
+class Contents(msgspec.Struct):
+    """What the log holds of a record. `hours`: those of its events that are not the record's."""
+
+    events: int = 0
+    raw_bytes: int = 0
+    crc: int = 0
+    hours: set[str] = msgspec.field(default_factory=set)
+
+
+class Counts(msgspec.Struct):
+    """Events of an hour in the log."""
+
+    logged: int = 0
+    pending: int = 0
+    copies: int = 0
+    dead: int = 0
+
+
+class Tally(msgspec.Struct):
+    """What one pass over a partition's log has found. `letters`: the places of events that are dead."""
+
+    problems: list[str] = []
+    hours: defaultdict[str, Counts] = msgspec.field(default_factory=lambda: defaultdict(Counts))
+    files: defaultdict[int, Contents] = msgspec.field(default_factory=lambda: defaultdict(Contents))
+    letters: set[int] = msgspec.field(default_factory=set)
+    passed_over: int = 0
+    in_gaps: int = 0
+
+
+def audit(hub: Hub, store: BlobStore, *, deep: bool = False) -> Report:
+    """In the log = archived + copies + dead letters + pending. `deep` compares the bytes too, and verifies.
+
+    Raises HubUnavailable, StoreUnavailable.
+    """
+    problems: list[str] = []
+    rows = Rows()
+    known = owner(store)
+    if known is not None and known.hub != hub.id:
+        return rows.report([f"the store belongs to hub {known.hub}, the log to {hub.id}"])
+    parts = []
+    for partition in range(hub.partitions()):
+        lease = archive_lease(store, partition)
+        links = chain(store, known, partition, problems) if known else []
+        part = _Partition(hub, store, partition, lease, links, deep)
+        part.check(rows)
+        parts.append(part)
+    if deep and known is not None:
+        differing: list[Record] = []
+        verified = verify(store, differing=differing).problems
+        for part in parts:
+            part.problems += part.named(record for record in differing if record.partition == part.partition)
+        problems += verified
+    problems += [problem for part in parts for problem in part.problems]
+    gaps = [gap for part in parts for gap in part.gaps]
+    return rows.report(problems, gaps, [note for part in parts for note in part.notes])
+
+
+class _Partition:
+    """The audit of one partition: `check`, and then what it found."""
+
+    def __init__(
+        self, hub: Hub, store: BlobStore, partition: int, lease: Lease | None, links: list[Link], deep: bool
+    ) -> None:
+        self.partition = partition
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.gaps = [link for link in links if isinstance(link, Gap)]
+        self._hub = hub
+        self._bits = hub.place_bits
+        self._store = store
+        self._lease = lease
+        self._links = links
+        self._records = [link for link in links if isinstance(link, Record)]
+        self._tail = links[-1].next if links else 0
+        self._done = max(int(lease.offset) if lease else 0, self._tail >> self._bits)
+        self._deep = deep
+        self._begun: Begin | None = None
+        self._differing: list[Record] = []
+
+    def check(self, rows: Rows) -> None:
+        bounds, tally = self._passed()
+        begin = self._begun
+        self.problems = tally.problems
+        self._ends(bounds)
+        compared = [record for record in self._records if begin is not None and record.first >= begin.at]
+        self._note(bounds, begin, self._records[: len(self._records) - len(compared)])
+        for record in self._records:
+            rows.add(record)
+            if begin is None or record.first < begin.at:
+                row = rows.at(record.hour, self.partition)
+                row.logged = (row.logged or 0) + record.events
+        for hour, counts in tally.hours.items():
+            row = rows.at(hour, self.partition)
+            row.logged = (row.logged or 0) + counts.logged
+            row.pending += counts.pending
+            row.copies, row.dead = counts.copies, counts.dead
+        for record in compared:
+            self._compare(record, tally.files[record.first])
+        if begin is not None:
+            self._letters(begin.at, bounds.next, tally)
+
+    def named(self, others: Iterable[Record]) -> list[str]:
+        """The events in which files differ from the log: those of `check`, and `others`."""
+        if self._begun is None:
+            return []
+        every = {record.first: record for record in (*self._differing, *others) if record.first >= self._begun.at}
+        chosen = dict(sorted(every.items())[:NAMED_FILES])
+        with contextlib.suppress(OffsetTrimmed, FrameDamaged):  # the first is no fault, the other was told
+            wanted = self._wanted(self._begun, chosen)
+            return [
+                said for first, record in chosen.items() for said in differences(self._store, record, *wanted[first])
+            ]
+        return []
+
+    def _passed(self) -> tuple[Bounds, Tally]:
+        """A pass over the log as it is; again when the brokers delete under it."""
+        while True:
+            bounds, tally = self._hub.bounds(self.partition), Tally()
+            with contextlib.suppress(OffsetTrimmed):
+                self._begun = self._begin(bounds, tally)
+                if self._begun is not None:
+                    try:
+                        for judged in self._walk(self._begun, bounds.next):
+                            self._count(tally, *judged)
+                    except FrameDamaged as error:
+                        tally.problems.append(f"{self._here}: {error.detail}")
+                return bounds, tally
+
+    def _begin(self, bounds: Bounds, tally: Tally) -> Begin | None:
+        """The first place from which everything is known."""
+        first = bounds.first
+        never = self._lease is None and not self._links
+        leading = 0
+        for link in itertools.takewhile(lambda link: isinstance(link, Gap), self._links):
+            leading = link.next
+        if never or first <= leading:
+            return Begin(first, {})
+        lease = self._lease
+        behind = lease is not None and lease.sequence_number < first <= int(lease.offset) << self._bits
+        try:
+            if lease is not None and behind:  # only markers, copies and dead events lay between: they change nothing
+                state = read_state(self._store, self._hub.id, self.partition, lease.sequence_number)
+                if state is not None or lease.sequence_number <= leading:
+                    return Begin(first, state.producers if state else {})
+            for at in states(self._store, self.partition):
+                state = read_state(self._store, self._hub.id, self.partition, at) if at >= first else None
+                if state is not None:
+                    return Begin(at, state.producers)
+        except ArchiveError as error:
+            tally.problems.append(f"{self._here}: {error.detail}")
+        return None
+
+    def _walk(self, begin: Begin, end: int) -> Iterator[Judged]:
+        """The frames of events from there on, judged. Times are clamped as the archiver does it."""
+        known = dict(begin.known)
+        before = next((record for record in reversed(self._records) if record.next <= begin.at), None)
+        floor_ms = hour_start_ms(before.hour) if before else 0
+        if begin.at > (before.next if before else 0):
+            floor_ms = passed_ms(self._hub, self.partition, begin.at >> self._bits, floor_ms)
+        offset = begin.at >> self._bits
+        while offset << self._bits < end:
+            try:
+                read = self._hub.read(self.partition, str(offset), bytes_max=READ_BYTES_MAX)
+            except FrameDamaged:
+                if not isinstance(self._link(offset << self._bits), Gap):
+                    raise
+                offset += 1  # somebody's order has passed over it (skip.py)
+                continue
+            for frame in read.frames:
+                if frame.first >= end:
+                    return
+                floor_ms = max(floor_ms, frame.enqueued_at_ms)
+                if not frame.is_marker:
+                    frame = msgspec.structs.replace(frame, enqueued_at_ms=floor_ms)
+                    hour = hour_name(period_start_ms(floor_ms, self._hub.period_s), self._hub.period_s)
+                    yield frame, hour, list(verdicts(known, frame, self._hub.period_s))
+            offset = int(read.next_offset)
+
+    def _count(self, tally: Tally, frame: Frame, hour: str, judged: Sequence[tuple[Source, Share, Verdict]]) -> None:
+        counts = tally.hours[hour]
+        counts.logged += frame.count
+        keep: list[tuple[int, int]] = []
+        at = 0
+        for source, share, verdict in judged:
+            begin, end = at + verdict.left_out, at + verdict.left_out + verdict.taken
+            at += source.count
+            counts.copies += verdict.left_out
+            keep.append((begin, end))
+            if verdict.reason is not None:
+                self._dead(tally, counts, frame, source, share, verdict.reason, end, at)
+        events = sum(end - begin for begin, end in keep)
+        link = self._link(frame.first)
+        if not events:
+            return
+        if link is None:
+            counts.pending += events
+            tally.passed_over += events if frame.first >> self._bits < self._done else 0
+        elif isinstance(link, Gap):
+            tally.in_gaps += events
+        else:
+            found = tally.files[link.first]
+            found.events += events
+            if hour != link.hour:
+                found.hours.add(hour)
+            if self._deep:
+                ndjson = content(frame)
+                if events != frame.count:
+                    lines = ndjson.splitlines(keepends=True)
+                    ndjson = b"".join([line for begin, end in keep for line in lines[begin:end]])
+                found.raw_bytes += len(ndjson)
+                found.crc = crc32(ndjson, found.crc)
+
+    def _link(self, number: int) -> Link | None:
+        """The record that it lies in."""
+        at = bisect_right(self._links, number, key=attrgetter("first")) - 1
+        return self._links[at] if at >= 0 and number < self._links[at].next else None
+
+    def _dead(
+        self,
+        tally: Tally,
+        counts: Counts,
+        frame: Frame,
+        source: Source,
+        share: Share,
+        reason: Reason,
+        begin: int,
+        end: int,
+    ) -> None:
+        """Events `[begin, end)` of the frame must lie in a letter, if the archive has come so far."""
+        number = frame.first + begin
+        name = dead_name(self.partition, number)
+        tally.letters.add(number)
+        try:
+            letter = read_dead(self._store, name)
+        except ArchiveError as error:
+            tally.problems.append(error.detail)
+            return
+        if letter is None:
+            counts.pending += end - begin
+            if frame.first >> self._bits < self._done:
+                tally.problems.append(
+                    f"{self._here}: {end - begin} events from {number} on are dead letters ({reason}), and {name} is missing"
+                )
+            return
+        counts.dead += end - begin
+        lines = content(frame).split(b"\n")[begin:end]
+        stated = (letter.reason, letter.producer, letter.epoch, letter.sequence, letter.sha256, letter.owner)
+        held = (reason, source.producer, source.epoch, source.sequence, source.sha256.hex(), share.owner)
+        if [bytes(event) for event in letter.events] != lines or stated != held:
+            tally.problems.append(f"{name}: not what the log holds")
+
+    def _ends(self, bounds: Bounds) -> None:
+        if self._tail > bounds.next:
+            self._say(f"the ledger ends at {self._tail}, beyond the end of the log, {bounds.next}")
+        first = bounds.first >> self._bits
+        if first > self._done and (self._links or self._lease):
+            self._say(
+                f"the log begins at offset {first}, the archive ends at {self._done}: events between are in neither"
+            )
+
+    def _note(self, bounds: Bounds, begin: Begin | None, before: Sequence[Record]) -> None:
+        first = bounds.first >> self._bits
+        if begin is None:
+            self.notes.append(
+                f"{self._here}: nothing is compared. The log begins at offset {first}, and what was known of producers there is not kept."
+            )
+        elif before:
+            unknown = (
+                f", and of what is known of producers at {begin.at >> self._bits}" if begin.at > bounds.first else ""
+            )
+            self.notes.append(
+                f"{self._here}: the log begins at offset {first}{unknown}. {len(before)} files before that, up to {before[-1].file}, are "
+                "not compared with it."
+            )
+
+    def _compare(self, record: Record, found: Contents) -> None:
+        if record.events != found.events:
+            self.problems.append(f"{record.file}: {record.events} events, and of the log {found.events} belong to it")
+        elif self._deep and (record.raw_bytes, record.crc32) != (found.raw_bytes, found.crc):
+            self.problems.append(f"{record.file}: its record is not what the log holds from {record.first} on")
+        elif found.hours:
+            self.problems.append(f"{record.file}: events of it are of {', '.join(sorted(found.hours))}")
+            return
+        else:
+            return
+        self._differing.append(record)
+
+    def _letters(self, begin: int, end: int, tally: Tally) -> None:
+        for number in places(self._store, self.partition):
+            if begin <= number < end and number not in tally.letters:
+                self.problems.append(
+                    f"{dead_name(self.partition, number)}: these events are no dead letters by the log"
+                )
+        if tally.passed_over:
+            self._say(f"{tally.passed_over} events lie before the checkpoint and are in no file")
+        if tally.in_gaps:
+            self.notes.append(f"{self._here}: {tally.in_gaps} events of the log lie in a gap of the ledger.")
+
+    def _wanted(
+        self, begin: Begin, chosen: Mapping[int, Record]
+    ) -> dict[int, tuple[list[tuple[bytes, int]], dict[bytes, str]]]:
+        """For each record the digests and numbers of its events in order, and what else the log has in its range."""
+        wanted: dict[int, tuple[list[tuple[bytes, int]], dict[bytes, str]]] = {first: ([], {}) for first in chosen}
+        for frame, _, judged in self._walk(begin, max((record.next for record in chosen.values()), default=0)):
+            link = self._link(frame.first)
+            if link is None or link.first not in wanted:
+                continue
+            events, left = wanted[link.first]
+            digests = [digest_of(line) for line in content(frame).splitlines(keepends=True)]
+            at = 0
+            for source, _, verdict in judged:
+                begin_at, end_at = at + verdict.left_out, at + verdict.left_out + verdict.taken
+                left.update(dict.fromkeys(digests[at:begin_at], COPIES))
+                events += [(digests[place], frame.first + place) for place in range(begin_at, end_at)]
+                at += source.count
+                left.update(dict.fromkeys(digests[end_at:at], DEAD))
+        return wanted
+
+    @property
+    def _here(self) -> str:
+        return f"partition {self.partition}"
+
+    def _say(self, problem: str) -> None:
+        self.problems.append(f"{self._here}: {problem}")
