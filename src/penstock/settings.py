@@ -48,8 +48,9 @@ _HOST = ("up", "host")
 _SERVE = ("up", "api", "host")
 _SKIP = "leases-skip"
 _LOOK = ("status", "leases", "why", "audit", "verify", "flush")
+_ASK = ("status", "leases", "why", "audit", "flush", "dump")
 _DEAD = ("dead", "dead-fix", "dead-replay")
-_TOPIC = ("api", "host", _SKIP)
+_TOPIC = ("api", "host", _SKIP, *_ASK)
 _HTTP = ("send", "simulate", "status", "leases", "flush", "units", "dead-replay")
 _FAR = tuple(dict.fromkeys((*_HTTP, *_TOPIC)))
 _KEYS = ("key-create", "key-list", "key-revoke", "token")
@@ -58,7 +59,7 @@ _K = Kind
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
     Setting("data", _K.PATH, "./data", "The folder of this installation.",
-            (*_SERVE, *_LOOK, _SKIP, "send", "simulate", "units", "dead-replay", *_KEYS)),
+            (*_SERVE, *_LOOK, _SKIP, "send", "simulate", "units", "dead", "dead-replay", "dump", *_KEYS)),
     Setting("url", _K.TEXT, "http://127.0.0.1:8480",
             "Address of the API, or a connection string; for `flush` and `units` of the admin port. Default: what `up` wrote down "
             "in the data folder.",
@@ -95,7 +96,7 @@ SETTINGS: tuple[Setting, ...] = (
             _API, "", "1s", "24h"),
     Setting("store", _K.TEXT, "DATA/store",
             "Blob store: a folder, `file:///folder`, `az://container/prefix`, `s3://bucket/prefix` or `gs://bucket/prefix`.",
-            (*_SERVE, *_LOOK, _SKIP, "simulate")),
+            (*_SERVE, *_LOOK, _SKIP, "simulate", "dump", *_DEAD)),
     Setting("archive", _K.CHOICE, "on", "`none`: no archiver; where no host has its lease, retention deletes what was not archived.",
             (*_API, "audit", "simulate"), choices=("on", "none")),
     Setting("retention", _K.DURATION, "7d", "How long the hub keeps what is archived.", _API, "", "1s", "3650d"),

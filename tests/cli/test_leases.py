@@ -75,7 +75,7 @@ def test_a_table_in_which_everything_happens(place: Place) -> None:
     assert [set(row) for row in rows] == [
         {
             *("partition", "owner", "epoch", "offset", "sequence_number", "age_s", "lag_events"),
-            *("moved", "next", "problem"),
+            *("moved", "next", "problem", "lag_records"),
         }
     ] * 4
     assert rows[0] == {
@@ -89,6 +89,7 @@ def test_a_table_in_which_everything_happens(place: Place) -> None:
         "moved": {"why": "first", "from": None, "to": "a", "at": "2026-11-22T14:00:00.000Z"},
         "next": None,
         "problem": None,
+        "lag_records": None,
     }
     assert rows[1]["age_s"] > 1e8
     assert [row["moved"] for row in rows[1:]] == [

@@ -170,11 +170,10 @@ class Inquiry:
     def _passed_over(self, found: HourRecords, later: Record) -> tuple[State, list[str]]:
         if found.gaps:
             return "unknown", [_may_be_missing(gap) for gap in found.gaps]
-        return "empty", [
-            f"No event was enqueued in it: the ledger goes from event {later.first - 1} to {later.first}, in hour {later.hour}."
-            if later.first
-            else f"No event was enqueued in it: the first one of the partition is in hour {later.hour}."
-        ]
+        if not later.first:
+            return "empty", [f"No event was enqueued in it: the first one of the partition is in hour {later.hour}."]
+        numbers = "" if self._known.place_bits else f"from event {later.first - 1} to {later.first}, "
+        return "empty", [f"No event was enqueued in it: the ledger goes {numbers or 'on '}in hour {later.hour}."]
 
     def _store_alone(self, partition: int, start_ms: int, found: HourRecords) -> tuple[State, list[str]]:
         if self._now_ms < start_ms:
@@ -204,7 +203,7 @@ class Inquiry:
         if bounds.first > tail and bounds.enqueued_first_ms >= self._end(start_ms):
             return "unknown", [
                 f"The log begins at event {bounds.first} and the archive ends at {tail}: what was between was deleted without "
-                "being archived (`--archive none`)."
+                f"being archived{'' if hub.place_bits else ' (`--archive none`)'}."
             ]
         lag = self._lag(partition, start_ms, found)
         if not lag:
@@ -241,20 +240,21 @@ class Inquiry:
         lease = self._leases[partition]
         if lease is None:
             return
-        done = lease.sequence_number
-        yield f"The archiver's checkpoint is {done}, {max(0, bounds.next - done):,} events behind the end of the log."
+        what, bits = ("records", hub.place_bits) if hub.place_bits else ("events", 0)
+        reached = int(lease.offset)
+        yield f"The archiver's checkpoint is {reached}, {max(0, (bounds.next >> bits) - reached):,} {what} behind the end of the log."
         stop = self._stop(hub, partition, bounds, lease)
         if stop is not None:
             yield f"The partition is parked, or will be: {stop} Nothing was skipped; `penstock audit` and `verify` say more."
 
     def _stop(self, hub: Hub, partition: int, bounds: Bounds, lease: Lease) -> str | None:
         """What an archiver that goes on from this checkpoint finds wrong (archiver.py), if it does."""
-        done = lease.sequence_number
-        if done > bounds.next:
-            return f"the checkpoint {done} lies beyond the end of the log, {bounds.next}; the hub is older than its archive."
+        done, reached, bits = lease.sequence_number, int(lease.offset), hub.place_bits
+        if reached << bits > bounds.next:
+            return f"the checkpoint {reached} lies beyond the end of the log, {bounds.next >> bits}; the hub is older than its archive."
         try:
-            if done < bounds.first:
-                raise OffsetTrimmed(f"the log begins at {bounds.first}, behind the checkpoint {done}.")
+            if reached << bits < bounds.first:
+                raise OffsetTrimmed(f"the log begins at {bounds.first >> bits}, behind the checkpoint {reached}.")
             last = self._ledger(partition).before(done)
             if last is None and done != 0:
                 return f"nothing in the ledger ends at the checkpoint {done}."
@@ -289,7 +289,14 @@ class Inquiry:
             return None
         first = int(self._hub.locate(partition, start_ms))
         following = int(self._hub.locate(partition, self._end(start_ms)))
-        return max(0, following - max(first, found.next or 0))
+        bits = self._hub.place_bits
+        if not bits:
+            return max(0, following - max(first, found.next or 0))
+        lease = self._leases[partition]
+        # Behind the checkpoint of an archive with no open file lie no events that it has not looked at.
+        passed = int(lease.offset) if lease is not None and lease.sequence_number == (found.next or 0) else 0
+        begin = max(first, (found.next or 0) >> bits, passed, self._hub.bounds(partition).first >> bits)
+        return _events(self._hub, partition, begin, following)
 
     def _file(self, record: Record) -> HourFile:
         return HourFile(
@@ -355,12 +362,22 @@ class Inquiry:
                 yield Missing(partition, "the hub's time has not passed the end of the hour")
             elif lease is None:
                 yield Missing(partition, self._troubles.get(partition) or "no host has ever had its lease")
-            elif lease.sequence_number < goal:
-                yield Missing(partition, f"its checkpoint is {lease.sequence_number}, and must be {goal}")
+            elif int(lease.offset) < goal:
+                yield Missing(partition, f"its checkpoint is {lease.offset}, and must be {goal}")
 
 
 def _may_be_missing(gap: Gap) -> str:
     return f"Events {gap.first} to {gap.next - 1} are in no file, and may have been of this hour: {gap.reason}."
+
+
+def _events(hub: Hub, partition: int, offset: int, end: int) -> int:
+    """How many lie between two offsets of a log that is not dense: they have to be read, and copies are some of them."""
+    count = 0
+    while offset < end:
+        read = hub.read(partition, str(offset), bytes_max=READ_BYTES_MAX)
+        count += sum(frame.count for frame in read.frames if frame.first >> hub.place_bits < end)
+        offset = int(read.next_offset)
+    return count
 
 
 def _frames(hub: Hub, partition: int, offset: str) -> Iterator[Frame]:

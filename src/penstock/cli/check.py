@@ -1,36 +1,18 @@
-"""`penstock audit`, `verify` and `flush`: is everything where it should be?"""
+"""`penstock audit` and `verify`: is everything where it should be?"""
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from penstock.cli.options import as_json, console, settings, url_beats_data
-from penstock.cli.reach import admin, fetch
-from penstock.errors import PenstockError
+from penstock.cli.options import as_json, console, settings
 
 if TYPE_CHECKING:
-    from penstock.access import Access
     from penstock.archive.report import Report
-    from penstock.clock import Clock
+    from penstock.cli.wiring import Layout
     from penstock.settings import Values
-
-
-class Flushed(msgspec.Struct):
-    """Events below the offsets `next` of each partition are in the store, if `ok`; `behind` are partitions where they are not."""
-
-    ok: bool
-    next: list[int]
-    behind: list[int]
-    waited_s: float
-
-
-class _Cut(msgspec.Struct):
-    next: list[str]
-    place_bits: int = 0
 
 
 @click.command()
@@ -40,13 +22,35 @@ class _Cut(msgspec.Struct):
 def audit(values: Values, deep: bool, as_json: bool) -> None:
     """Compare accepted, logged and archived events for each hour and partition. Exit 1 if they differ."""
     from penstock.archive import check
-    from penstock.cli import wiring
+    from penstock.cli import topic, wiring
 
-    where = wiring.layout(values)
+    where = topic.asked(wiring.layout(values), values, "data")
+    if where.topic:
+        _print(_of_topic(where, deep), as_json, "in the log = archived + copies + dead letters + pending")
+        return
     with wiring.reading_hub(where, values) as hub:
-        archived = values.text("archive") == "on"
+        archived = values.text("archive") == "on" and not _unread_is_deleted(where)
         report = check.audit(hub, wiring.open_store(where), deep=deep, archived=archived)
     _print(report, as_json, "accepted = logged = archived + pending")
+
+
+def _of_topic(where: Layout, deep: bool) -> Report:
+    from penstock.archive import judged
+    from penstock.cli import topic, wiring
+    from penstock.clock import SystemClock
+
+    store = wiring.open_store(where)
+    with topic.opened(where, store, SystemClock()) as hub:
+        return judged.audit(hub, store, deep=deep)
+
+
+def _unread_is_deleted(where: Layout) -> bool:
+    """Whether what runs on the data folder has `--archive none`."""
+    from penstock.server.parts import read_runs
+    from penstock.server.status import in_force
+
+    retention = in_force(read_runs(where.run))
+    return retention is not None and not retention.waits
 
 
 @click.command()
@@ -67,7 +71,8 @@ def _print(report: Report, as_json: bool, good: str) -> None:
     else:
         from rich.table import Table
 
-        names = report.totals.__struct_fields__
+        judged = any(row.copies is not None for row in report.rows)
+        names = [name for name in report.totals.__struct_fields__ if judged or name not in ("copies", "dead")]
         out = console()
         table = Table("hour", "partition", *(name.replace("_", " ") for name in names))
         for row in report.rows:
@@ -79,6 +84,8 @@ def _print(report: Report, as_json: bool, good: str) -> None:
             span = f"events {gap.first:,} to {gap.next - 1:,}"
             said = f"{gap.reason} ({gap.host}, {gap.at})" if gap.host else gap.reason
             out.print(f"partition {gap.partition}: {span} are in no file: {said}", markup=False)
+        for note in report.notes:
+            out.print(note, markup=False)
         for problem in report.problems:
             out.print(f"PROBLEM: {problem}", style="bold red", markup=False)
         if report.ok:
@@ -89,60 +96,3 @@ def _print(report: Report, as_json: bool, good: str) -> None:
 
 def _cell(count: int | None) -> str:
     return "" if count is None else f"{count:,}"
-
-
-@click.command()
-@as_json
-@settings("flush")
-def flush(values: Values, as_json: bool) -> None:
-    """Close the open hour files now and wait until they are in the store. Exit 1 if that takes too long."""
-    from penstock.clock import SystemClock
-
-    clock = SystemClock()
-    api = admin(values)
-    cut = msgspec.json.decode(fetch(api, "/v1/cut", method="POST"), type=_Cut)
-    goals = [int(offset) for offset in cut.next]
-    began = clock.monotonic()
-    behind = _await(values, api, goals, clock, began)
-    result = Flushed(not behind, goals, behind, round(clock.monotonic() - began, 3))
-    if as_json:
-        click.echo(msgspec.json.encode(result))
-    if behind:
-        raise PenstockError(_reason(api, behind, result.waited_s))
-    if not as_json:
-        events = "" if cut.place_bits else f", {sum(goals):,} events,"
-        click.echo(f"Everything until now{events} is in hour files ({result.waited_s:.1f} s).")
-
-
-def _await(values: Values, api: Access, goals: list[int], clock: Clock, began: float) -> list[int]:
-    """The partitions whose checkpoint did not reach its goal in time, as offsets: on Kafka sequence numbers do not pass markers."""
-    never = threading.Event()
-    while True:
-        done = _checkpoints(values, api, len(goals))
-        behind = [partition for partition, goal in enumerate(goals) if goal and (done[partition] or 0) < goal]
-        if not behind or clock.monotonic() - began >= values.seconds("flush-timeout"):
-            return behind
-        clock.wait(never, 0.1)
-
-
-def _checkpoints(values: Values, api: Access, partitions: int) -> list[int | None]:
-    if url_beats_data(values):
-        from penstock.server.status import Status
-
-        report = msgspec.json.decode(fetch(api, "/v1/status"), type=Status)
-        return [int(one.offset) if one.offset else one.checkpoint for one in report.partitions]
-    from penstock.archive.hours import archive_lease
-    from penstock.cli import wiring
-
-    store = wiring.open_store(wiring.layout(values))
-    leases = [archive_lease(store, partition) for partition in range(partitions)]
-    return [int(lease.offset) if lease else None for lease in leases]
-
-
-def _reason(api: Access, behind: list[int], waited_s: float) -> str:
-    from penstock.server.status import Status
-
-    report = msgspec.json.decode(fetch(api, "/v1/status"), type=Status)
-    owners = sorted({report.partitions[partition].owner or "nobody" for partition in behind})
-    why = "no archiver runs" if owners == ["nobody"] else f"their leases are held by {', '.join(owners)}"
-    return f"After {waited_s:.0f} s the events of partitions {behind} are not in the store: {why}."

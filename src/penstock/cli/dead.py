@@ -1,9 +1,11 @@
-"""`penstock dead`: look at the events that the API rejected, put them right and send them again (docs/dead-letters.md)."""
+"""`penstock dead`: look at the events that the API rejected, put them right and send them again (docs/dead-letters.md).
+
+With `--store` it is about the hub's own dead letters (dead_hub.py).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from penstock.cli.options import as_json, console, echo_client_log, settings
+from penstock.cli import dead_hub
+from penstock.cli.options import as_json, beats, console, echo_client_log, events_text, settings, shown
 from penstock.cli.reach import api
 from penstock.errors import PenstockError, SettingsError
 
@@ -21,12 +24,13 @@ if TYPE_CHECKING:
     from penstock.client.records import Dead
     from penstock.settings import Values
 
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
-
 
 @click.group()
 def dead() -> None:
-    """Events that the API rejected: kept in the client's spool, to be looked at, put right and sent again."""
+    """Events that the API rejected: kept in the client's spool, to be looked at, put right and sent again.
+
+    With --store those that a hub in a Kafka topic left open: kept in its store.
+    """
 
 
 @dead.command("list")
@@ -36,6 +40,9 @@ def list_(values: Values, as_json: bool) -> None:
     """One line for each batch with rejected events. `show`, `fix` and `replay` take its id, or the beginning of it."""
     from penstock.clock import timestamp
 
+    if _of_hub(values):
+        dead_hub.list_letters(values, as_json)
+        return
     with _letters(values) as letters:
         found = letters.all()
     if as_json:
@@ -52,7 +59,7 @@ def list_(values: Values, as_json: bool) -> None:
         codes = ", ".join(f"{code} {count:,}" for code, count in letter.codes.most_common())
         first = letter.damaged or letter.records[0].detail
         cells = letter.id, timestamp(letter.at_ms), f"{len(letter.records):,}", codes, first
-        table.add_row(*(escape(_shown(cell)) for cell in cells))
+        table.add_row(*(escape(shown(cell)) for cell in cells))
     console().print(table)
 
 
@@ -67,6 +74,11 @@ def show(values: Values, id: str, event: int | None, code: str | None, raw: bool
     """The rejected events of a batch, and why."""
     from penstock.client.dead import event_of
 
+    if _of_hub(values):
+        if code:
+            raise SettingsError("The events of a hub's dead letter have no codes: leave out --code.")
+        dead_hub.show_letter(values, id, event, raw, as_json)
+        return
     with _letters(values) as letters:
         letter = letters.find(id)
     if event and event > len(letter.records):
@@ -78,11 +90,11 @@ def show(values: Values, id: str, event: int | None, code: str | None, raw: bool
     elif as_json:
         click.echo(msgspec.json.encode([_row(place, record) for place, record in chosen.items()]))
     else:
-        click.echo(f"{letter.id}: {_events(len(letter.records))}")
+        click.echo(f"{letter.id}: {events_text(len(letter.records))}")
         for place, record in chosen.items():
             where = f" ({record.place})" if record.place else ""
-            click.echo(_shown(f"{place + 1}. {record.code}: {record.detail}{where}"))
-            click.echo("   " + _shown(event_of(record).decode("utf-8", "backslashreplace")))
+            click.echo(shown(f"{place + 1}. {record.code}: {record.detail}{where}"))
+            click.echo("   " + shown(event_of(record).decode("utf-8", "backslashreplace")))
 
 
 @dead.command()
@@ -103,6 +115,11 @@ def fix(values: Values, id: str, edit: bool, file: Any, code: str | None, dry_ru
     """
     from penstock.client.dead import event_of, fixed
 
+    if _of_hub(values):
+        raise SettingsError(
+            "There is nothing to put right in a hub's dead letters: the API took their events once. `penstock dead show --raw` prints "
+            "them, for `penstock send`."
+        )
     change = _change(**fields)
     if [change is not None, edit, file is not None].count(True) != 1:
         raise SettingsError(
@@ -128,7 +145,7 @@ def fix(values: Values, id: str, edit: bool, file: Any, code: str | None, dry_ru
             letters.keep(letter, records)
     changed = sum(line not in (b"", event_of(letter.records[place])) for place, line in lines.items())
     dropped = len(letter.records) - len(records)
-    click.echo(f"{letter.id}: {_events(changed)} changed, {dropped} dropped, {len(records) - changed} as before.")
+    click.echo(f"{letter.id}: {events_text(changed)} changed, {dropped} dropped, {len(records) - changed} as before.")
     if changed:
         click.echo(f"Send them with: penstock dead replay {letter.id}")
 
@@ -149,6 +166,9 @@ def replay(values: Values, ids: Sequence[str], every: bool) -> None:
     echo_client_log()
     if bool(ids) == every:
         raise SettingsError("Name the batches that are to be sent again, or say --all. Nothing was sent.")
+    if _of_hub(values):
+        dead_hub.replay_letters(values, ids, every)
+        return
     to, device_field, timeout_s = api(values), values.text("device-field"), values.seconds("dead-timeout")
     spool = Path(values.text("spool"))
 
@@ -164,11 +184,18 @@ def replay(values: Values, ids: Sequence[str], every: bool) -> None:
             letters, chosen, open_client, device_field=device_field, now_ms=SystemClock().now_ms, timeout_s=timeout_s
         )
     rejected = sum(map(len, again.rejected.values()))
-    click.echo(f"{_events(again.events)} sent again: {again.events - rejected:,} accepted, {rejected:,} rejected.")
+    click.echo(f"{events_text(again.events)} sent again: {again.events - rejected:,} accepted, {rejected:,} rejected.")
     for name, records in again.rejected.items():
-        click.echo(_shown(f"{name}: {_events(len(records))}, first {records[0].code}: {records[0].detail}"), err=True)
+        click.echo(
+            shown(f"{name}: {events_text(len(records))}, first {records[0].code}: {records[0].detail}"), err=True
+        )
     if rejected:
         raise click.exceptions.Exit(1)
+
+
+def _of_hub(values: Values) -> bool:
+    """Whether the store was named, and the spool not as plainly."""
+    return beats(values, "store") and not beats(values, "spool", "store")
 
 
 @contextlib.contextmanager
@@ -272,12 +299,3 @@ def _summary(letter: Letter) -> Mapping[str, object]:
 
 def _row(place: int, record: Dead) -> Mapping[str, object]:
     return {"n": place + 1, **msgspec.to_builtins(record)}
-
-
-def _events(count: int) -> str:
-    return "1 event" if count == 1 else f"{count:,} events"
-
-
-def _shown(text: str) -> str:
-    """What devices send must not move the cursor of those who look at it."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,25 +12,75 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from penstock.errors import PenstockError, SettingsError
+from penstock.cli.options import settings
+from penstock.errors import BlobNotFound, PenstockError, SettingsError
 
 if TYPE_CHECKING:
+    from penstock.blobs import BlobStore
+    from penstock.cli.wiring import Layout
     from penstock.events import Frame
+    from penstock.settings import Values
 
 _LINES_SHOWN = 3
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @click.option(
     "--lines", default=_LINES_SHOWN, show_default=True, help="Events shown of a frame, an hour file or a spool file."
 )
-def dump(path: Path, lines: int) -> None:
-    """Show a frame, lease, ledger record, manifest, hour file, data folder or spool file as JSON, one object for each thing in it."""
-    if not path.exists():
-        raise SettingsError(f"There is nothing at {path}.")
-    for thing in _things(path, lines):
+@settings("dump")
+def dump(values: Values, path: str, lines: int) -> None:
+    """Show a frame, lease, ledger record, manifest, hour file, data folder or spool file as JSON, one object for each thing in it.
+
+    PATH is on this machine; with --store it is the name of a blob, and with --hub kafka://… and --store PARTITION/OFFSET of a record.
+    """
+    for thing in _found(values, path, lines):
         click.echo(msgspec.json.format(msgspec.json.encode(thing)))
+
+
+def _found(values: Values, path: str, lines: int) -> Iterator[object]:
+    from penstock.cli import wiring
+
+    where = wiring.layout(values)
+    if values.source("hub") == "flag":
+        yield from _record(values, where, path, lines)
+    elif values.source("store") == "flag":
+        yield from _blob(wiring.open_store(where), path, where.store_name, lines)
+    else:
+        if not Path(path).exists():
+            raise SettingsError(f"There is nothing at {path}.")
+        yield from _things(Path(path), lines)
+
+
+def _record(values: Values, where: Layout, place: str, lines: int) -> Iterator[dict[str, Any]]:
+    from penstock.cli import topic, wiring
+    from penstock.clock import SystemClock
+
+    partition, _, offset = place.partition("/")
+    if not (partition.isdecimal() and offset.isdecimal()):
+        raise SettingsError(f"{place} is not PARTITION/OFFSET of a record, such as 0/4711.")
+    where = topic.asked(where, values)
+    with topic.opened(where, wiring.open_store(where), SystemClock()) as hub:
+        found = hub.read(int(partition), offset, bytes_max=1).frames
+    if not found or found[0].first >> hub.place_bits != int(offset):
+        raise SettingsError(f"There is no record at {place} in {where.topic}.")
+    yield {"kind": "record", "offset": int(offset), **_frame(found[0], lines)}
+
+
+def _blob(store: BlobStore, name: str, store_name: str, lines: int) -> Iterator[object]:
+    """A blob as the file that it would be in a folder."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise SettingsError(f"{name} cannot name a blob.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, *name.split("/"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("wb") as file:
+                file.writelines(store.stream(name))
+        except BlobNotFound as error:
+            raise SettingsError(f"There is no blob {name} in {store_name}.") from error
+        yield from _things(path, lines)
 
 
 def _things(path: Path, lines: int) -> Iterator[object]:
@@ -44,8 +95,33 @@ def _things(path: Path, lines: int) -> Iterator[object]:
         yield _hour_file(path, lines)
     elif path.suffix in (".batch", ".open", ".ndjson"):
         yield from _spool_file(path, lines)
+    elif re.search(r"/_producers/\d+/\d{20}$", path.resolve().as_posix()):
+        yield _producers(path)
     else:
         yield {"kind": _kind(path), "content": _json(path)}
+
+
+def _producers(path: Path) -> dict[str, Any]:
+    from penstock.archive.filter import State
+    from penstock.clock import timestamp
+
+    try:
+        state = msgspec.msgpack.decode(path.read_bytes(), type=State)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise PenstockError(f"{path} is not what is known of producers: {error}.") from error
+    return {
+        "kind": "producers",
+        "hub": state.hub,
+        "partition": state.partition,
+        "next": state.next,
+        "producers": {
+            name: {
+                "seen_at": timestamp(known.seen_at_ms),
+                "batches": [{**msgspec.structs.asdict(one), "sha256": one.sha256.hex()} for one in known.batches],
+            }
+            for name, known in state.producers.items()
+        },
+    }
 
 
 def _json(path: Path) -> object:
@@ -62,6 +138,9 @@ def _kind(path: Path) -> str:
         (r"/_leases/[^/]+/\d+\.json", "lease"),
         (r"/_moves/[^/]+/\d+\.json", "note of a lease's move"),
         (r"/_hours/[^/]+\.json", "hour manifest"),
+        (r"/_dead/\d+/\d{20}\.json", "dead letter"),
+        (r"/_dead/\d+/\d{20}\.number\.json", "number of a dead letter's replay"),
+        (r"/_dead/\d+/\d{20}\.replayed\.json", "answer to a dead letter's replay"),
         (r"/_hub\.json", "owner of the store"),
         (r"/\d+/\d+/state\.json", "lane of a spool"),
         (r"/run/parts-\d+\.json", "running parts"),

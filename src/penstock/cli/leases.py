@@ -33,14 +33,27 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 _GROUP = "$archive"
 
-Ends = Sequence[tuple[int, int, int]]
-"""Of each partition the log's first and next sequence number, and its first offset."""
+
+class End(NamedTuple):
+    """First and next sequence number of a partition, and its first offset. In a topic sequence numbers do not count: with `bits`, those of
+    the place in a record, records are counted from the lease's offset; or `lag_records` is known.
+    """
+
+    first: int
+    next: int
+    first_offset: int
+    bits: int = 0
+    lag_records: int | None = None
+
+
+Ends = Sequence[End]
 
 
 class LeaseRow(msgspec.Struct):
     """A partition. None: unknown, or not there; `problem` says that its lease cannot be read, or that what comes next is gone.
 
-    `age_s`: how long it has not been written, at least; `lag_events`: from its checkpoint to the end of the log.
+    `age_s`: how long it has not been written, at least; `lag_events`: from its checkpoint to the end of the log. In a Kafka topic records
+    are counted, frames and markers: `lag_records`, and `lag_events` is None.
     """
 
     partition: int
@@ -53,6 +66,7 @@ class LeaseRow(msgspec.Struct):
     moved: Moved | None
     next: Due | None
     problem: str | None = None
+    lag_records: int | None = None
 
 
 class Sight(NamedTuple):
@@ -96,34 +110,39 @@ def leases(context: click.Context, values: Values, group: str, as_json: bool) ->
 @contextlib.contextmanager
 def _sight(values: Values, group: str) -> Iterator[Sight]:
     """The leases in the store, and the log's ends from the hub or the API; or everything from the API if that is all there is."""
-    from penstock.cli import wiring
+    from penstock.cli import topic, wiring
+    from penstock.clock import SystemClock
 
-    by_url = url_beats_data(values)
+    in_topic = topic.asks(values, "data", "url")
+    by_url = url_beats_data(values) and not in_topic
     if by_url and values.source("store") == "default":
         if group != _GROUP:
             raise SettingsError(f"The API tells of the group {_GROUP} only: name the store of {group} with --store.")
         yield _api_sight(values)
         return
-    where = wiring.layout(values)
+    where = topic.asked(wiring.layout(values), values, "data", "url")
     store = wiring.open_store(where)
     known = wiring.owner_of(where, store)
     sight = _store_sight(store, group, known.partitions, where)
     if by_url:
         yield sight._replace(ends=lambda: _ends_by_url(values))
         return
+    if in_topic:
+        with topic.opened(where, store, SystemClock()) as log:
+            yield sight._replace(ends=lambda: _ends(log))
+        return
     with wiring.hub_of(known, where, values) as hub:
         yield sight if hub is None else sight._replace(ends=lambda: _ends(hub))
 
 
 def _ends(hub: Hub) -> Ends:
-    return [
-        (bounds.first, bounds.next, bounds.first >> hub.place_bits)
-        for bounds in map(hub.bounds, range(hub.partitions()))
-    ]
+    every = map(hub.bounds, range(hub.partitions()))
+    return [End(one.first, one.next, one.first >> hub.place_bits, hub.place_bits) for one in every]
 
 
 def _ends_by_url(values: Values) -> Ends:
-    return [(one.first, one.next, int(one.first_offset or one.first)) for one in read_status(values).partitions]
+    every = read_status(values).partitions
+    return [End(one.first, one.next, int(one.first_offset or one.first), lag_records=one.lag_records) for one in every]
 
 
 def _api_sight(values: Values) -> Sight:
@@ -233,12 +252,10 @@ def _row(one: Observed, due: Due | None, sight: Sight, ends: Ends | None, group:
     from penstock.processor.skip import gone
 
     lease = one.lease
-    lag, problem = None, sight.problems.get(one.partition)
-    if ends is not None:
-        first, following, first_offset = ends[one.partition]
-        lag = max(0, following - max(first, lease.sequence_number if lease else 0))
-        if lease is not None and int(lease.offset) < first_offset:
-            problem = gone(group, one.partition, at=int(lease.offset), first=first_offset)
+    problem, end = sight.problems.get(one.partition), None if ends is None else ends[one.partition]
+    if lease is not None and end is not None and int(lease.offset) < end.first_offset:
+        problem = gone(group, one.partition, at=int(lease.offset), first=end.first_offset)
+    lag_events, lag_records = _lags(lease, end)
     return LeaseRow(
         partition=one.partition,
         owner=lease.owner if lease else None,
@@ -246,11 +263,24 @@ def _row(one: Observed, due: Due | None, sight: Sight, ends: Ends | None, group:
         offset=lease.offset if lease else None,
         sequence_number=lease.sequence_number if lease else None,
         age_s=round(one.age_s, 3) if lease else None,
-        lag_events=lag,
+        lag_events=lag_events,
         moved=sight.moved(lease) if lease else None,
         next=due,
         problem=problem,
+        lag_records=lag_records,
     )
+
+
+def _lags(lease: Lease | None, end: End | None) -> tuple[int | None, int | None]:
+    """In events, or in records."""
+    if end is None:
+        return None, None
+    if end.lag_records is not None:
+        return None, end.lag_records
+    if not end.bits:
+        return max(0, end.next - max(end.first, lease.sequence_number if lease else 0)), None
+    done = max(end.first_offset, int(lease.offset) if lease else 0)
+    return None, max(0, (end.next >> end.bits) - done)
 
 
 def _print(rows: Sequence[LeaseRow], group: str) -> None:
@@ -267,7 +297,7 @@ def _print(rows: Sequence[LeaseRow], group: str) -> None:
             _text(row.epoch),
             "" if row.age_s is None else f"{row.age_s:.1f}",
             _text(row.sequence_number),
-            _text(row.lag_events),
+            _text(row.lag_events if row.lag_records is None else row.lag_records),
             Text(row.problem or _why(row)),
             Text("none: balanced" if balanced else _next(row)),
         )

@@ -12,9 +12,10 @@ from typing import NoReturn
 import click
 
 from penstock import __version__
-from penstock.cli.check import audit, flush, verify
+from penstock.cli.check import audit, verify
 from penstock.cli.dead import dead
 from penstock.cli.dump import dump
+from penstock.cli.flush import flush
 from penstock.cli.keys import key, token
 from penstock.cli.leases import leases
 from penstock.cli.send import send

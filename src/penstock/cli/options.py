@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Command = Callable[..., None]
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 _RANK = {"default": 0, "file": 1, "environment": 2, "flag": 3}
 
 
@@ -62,11 +64,26 @@ def url_beats_data(values: Values) -> bool:
     return _RANK[values.source("url")] > _RANK[values.source("data")]
 
 
+def beats(values: Values, name: str, *others: str) -> bool:
+    """Whether a setting is given, and none of `others` in a plainer way."""
+    given = _RANK[values.source(name)]
+    return given > 0 and all(given >= _RANK[values.source(other)] for other in others)
+
+
 def console() -> Console:
     """For people. Where no terminal tells its width, tables get what they need."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 400)
+
+
+def events_text(count: int) -> str:
+    return "1 event" if count == 1 else f"{count:,} events"
+
+
+def shown(text: str) -> str:
+    """What devices send must not move the cursor of those who look at it."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class _Echo(logging.Handler):

@@ -32,9 +32,12 @@ def status(values: Values, as_json: bool) -> None:
 
 
 def read_status(values: Values) -> Status:
-    """From the API where `--url` says so, else from the data folder. Raises SettingsError, PenstockError."""
+    """From a topic where `--hub` says so, the API where `--url` does, else the data folder. Raises SettingsError, PenstockError."""
+    from penstock.cli import topic
     from penstock.server.status import Status, build_status
 
+    if topic.asks(values, "data", "url"):
+        return _of_topic(values)
     if url_beats_data(values):
         return msgspec.json.decode(fetch(api(values), "/v1/status"), type=Status)
     from penstock.cli import wiring
@@ -46,6 +49,19 @@ def read_status(values: Values) -> Status:
         clock = SystemClock()
         throughput = observe(where.data, where.run, hub.partitions(), clock)
         return build_status(hub, wiring.open_store(where), run_folder=where.run, clock=clock, throughput=throughput)
+
+
+def _of_topic(values: Values) -> Status:
+    """What any machine can tell. Which parts run, and their throughput units, this one knows of itself."""
+    from penstock.cli import topic, wiring
+    from penstock.clock import SystemClock
+    from penstock.server.topic import build_topic_status
+
+    clock = SystemClock()
+    where = topic.asked(wiring.layout(values), values, "data", "url")
+    store = wiring.open_store(where)
+    with topic.opened(where, store, clock) as hub:
+        return build_topic_status(hub, store, run_folder=where.run, clock=clock)
 
 
 def _print_status(report: Status) -> None:
@@ -105,7 +121,8 @@ def _sentences(report: Status) -> Iterator[str]:
         yield _time_left(report.retention, bounded=report.storage is not None)
     if report.throughput:
         yield f"throughput units: {in_force(report.throughput)}"
-    yield "counters: " + ", ".join(f"{name} {count:,}" for name, count in report.counters.items())
+    if report.counters:
+        yield "counters: " + ", ".join(f"{name} {count:,}" for name, count in report.counters.items())
 
 
 def _headline(report: Status) -> str:

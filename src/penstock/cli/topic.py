@@ -17,6 +17,7 @@ from penstock.archive.ledger import claim
 from penstock.archive.topic import address, is_topic, topic_of
 from penstock.blobs import BlobStore
 from penstock.blobs.probe import probe
+from penstock.cli.options import beats
 from penstock.cli.serving import Serving
 from penstock.clock import Clock, SystemClock
 from penstock.errors import SettingsError
@@ -42,15 +43,34 @@ def _cluster(where: Layout) -> Cluster:
 
 def placed(where: Layout, values: Values) -> Layout:
     """Where an API or host has its hub: `where`, with the topic if `--hub` names one. Raises SettingsError."""
-    url = values.text("hub")
-    if not is_topic(url):
+    if not is_topic(values.text("hub")):
         return where
-    if values.source("store") == "default":
-        raise SettingsError("With --hub the store must be named: --store, the same for all APIs and hosts of this hub.")
     if (where.hub / "data.mdb").exists():
         raise SettingsError(
             f"There is an embedded hub in {where.data}: give --data another folder for what belongs to this machine."
         )
+    return _in_topic(where, values)
+
+
+def asks(values: Values, *others: str) -> bool:
+    """Whether a command asks a topic: `--hub` names one, and no setting of `others` is given more plainly. Raises SettingsError."""
+    url = values.text("hub")
+    if url and not is_topic(url) and values.source("hub") == "flag":
+        raise SettingsError(
+            f"--hub {url}: a command asks a Kafka topic, kafka://HOST:PORT/TOPIC, or an API with --url."
+        )
+    return is_topic(url) and beats(values, "hub", *others)
+
+
+def asked(where: Layout, values: Values, *others: str) -> Layout:
+    """What a command asks: `where`, with the topic if it `asks` one. Raises SettingsError."""
+    return _in_topic(where, values) if asks(values, *others) else where
+
+
+def _in_topic(where: Layout, values: Values) -> Layout:
+    if values.source("store") == "default":
+        raise SettingsError("With --hub the store must be named: --store, the same for all APIs and hosts of this hub.")
+    url = values.text("hub")
     try:
         from penstock.cli.brokers import reached
     except ModuleNotFoundError as error:

@@ -29,18 +29,18 @@ def why(values: Values, partition: int, hour: str, as_json: bool) -> None:
     """Why the files of an hour closed, or what keeps them open. HOUR as in the files' names, or any time in it (RFC 3339)."""
     from penstock.archive.hours import ARCHIVE_GROUP
     from penstock.archive.why import Inquiry
-    from penstock.cli import wiring
+    from penstock.cli import topic, wiring
     from penstock.clock import SystemClock
     from penstock.processor.lease import lease_name
 
     at_ms, now_ms = _time(hour), SystemClock().now_ms()
-    where = wiring.layout(values)
+    where = topic.asked(wiring.layout(values), values, "data")
     store = wiring.open_store(where)
     known = wiring.owner_of(where, store)
     if partition >= known.partitions:
         raise SettingsError(f"There is no partition {partition}; this hub has 0 to {known.partitions - 1}.")
     written_ms = file_ms(where, lease_name(ARCHIVE_GROUP, partition))
-    with wiring.hub_of(known, where, values) as hub:
+    with topic.opened(where, store, SystemClock()) if where.topic else wiring.hub_of(known, where, values) as hub:
         inquiry = Inquiry(
             store,
             known,

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from penstock.archive.hours import ARCHIVE_GROUP
+from penstock.archive.letters import waiting
 from penstock.blobs import BlobStore
 from penstock.clock import Clock, timestamp
-from penstock.errors import HubError, PenstockError
+from penstock.errors import HubError, PenstockError, StoreError
 from penstock.hub import Hub
 from penstock.hub.groups import Reader
 from penstock.processor.lease import Lease
@@ -83,6 +84,7 @@ def build_topic_status(
     leases = archive_leases(hub, store, problems)
     partitions = [_partition(hub, partition, lease, after_s, clock, problems) for partition, lease in enumerate(leases)]
     left = min((one.retention_left_s for one in partitions if one.retention_left_s is not None), default=None)
+    counters = {"dead_letters": _dead_letters(store, problems)}
     workers = in_force(runs)
     missed = any(leases) or workers is None or workers.waits
     return Status(
@@ -93,7 +95,7 @@ def build_topic_status(
         period_s=hub.period_s,
         totals=Totals(None, None, None),
         storage=None,
-        counters={},
+        counters=counters,
         parts=[part for run in runs for part in run.parts],
         partitions=partitions,
         retention=RetentionStatus(after_s, "deleted", left, None, bytes_max),
@@ -118,6 +120,16 @@ def _warnings(after_s: float | None, bytes_max: int | None, partitions: Sequence
             f"The topic has retention.bytes={bytes_max}: the brokers delete a partition's oldest events beyond that, archived or not, "
             "and no time says when. Set it to -1.",
         )
+
+
+def _dead_letters(store: BlobStore, problems: list[str]) -> int:
+    """Those that nobody has sent again."""
+    try:
+        return waiting(store)
+    except StoreError as error:
+        if error.detail not in problems:
+            problems.append(error.detail)
+        return 0
 
 
 def _partition(
