@@ -139,6 +139,13 @@ def test_dead_letters_are_sent_again_once(installed: Installation) -> None:
     assert installed.json("status")["counters"] == {"dead_letters": 0}
     assert json.loads(installed.dead("list", "--json"))[0]["replayed"]["accepted"] == 2
 
+    # Another key would make the number another producer's.
+    [note] = installed.store.glob("_dead/*/*.replayed.json")
+    answered = note.read_bytes()
+    note.unlink()
+    assert "sent with no key" in installed.dead("replay", name, *url, "--key", "k.s", code=1)
+    note.write_bytes(answered)
+
     # It died between the post and the note; so the events are posted once more, under the number that stands.
     [note] = installed.store.glob("_dead/*/*.replayed.json")
     note.unlink()

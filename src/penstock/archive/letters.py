@@ -31,10 +31,14 @@ _REPLAYED: Final = re.compile(r"(_dead/\d+/\d{20})\.replayed\.json")
 
 
 class Number(msgspec.Struct, frozen=True):
-    """Under which producer the events of a letter are sent again: epoch 1, sequence 1. `at_ms`: when that was decided."""
+    """Under which producer the events of a letter are sent again: epoch 1, sequence 1. `at_ms`: when that was decided.
+
+    `key`: the id of the key that they are sent with, empty without one. With a key of another name it would be another producer.
+    """
 
     producer: str
     at_ms: int
+    key: str = ""
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -95,12 +99,18 @@ def every(store: BlobStore) -> list[Letter]:
     return [letter for letter in letters if letter is not None]
 
 
-def number(store: BlobStore, letter: Letter, clock: Clock) -> Number:
-    """The number of a letter, decided now if it was not before. Raises ArchiveError when it is too old to be sent under."""
+def number(store: BlobStore, letter: Letter, key: str, clock: Clock) -> Number:
+    """The number of a letter, decided now if it was not before. Raises ArchiveError where it is too old, or another key's."""
     name = _beside(letter, "number")
-    mine = Number(f"dead-{secrets.token_hex(8)}", clock.now_ms())
+    mine = Number(f"dead-{secrets.token_hex(8)}", clock.now_ms(), key)
     answer = store.create(name, msgspec.json.encode(mine), id=mine.producer)
     standing = _decoded(answer.blob.body, name, Number) if isinstance(answer, Exists) else mine
+    if standing.key != key:
+        raise ArchiveError(
+            f"{name}: a replay of {letter.id} was interrupted that sent with {f'the key {standing.key}' if standing.key else 'no key'}. "
+            "With another key the hub takes its events for others: replay it as it was begun.",
+            file=name,
+        )
     if clock.now_ms() - standing.at_ms > WINDOW_MS - DAY_MS:
         raise ArchiveError(
             f"{name} was written on {timestamp(standing.at_ms)}: a replay was interrupted then, and the hub does not know its number any "

@@ -105,7 +105,7 @@ def _replay(store: BlobStore, to: Access, letter: Letter) -> Replayed:
     from penstock.clock import SystemClock, timestamp
 
     clock = SystemClock()
-    under = number(store, letter, clock)
+    under = number(store, letter, _key(to), clock)
     body = as_sent(letter)
     sha256 = hashlib.sha256(body).hexdigest()
     headers = {
@@ -134,6 +134,14 @@ def _replay(store: BlobStore, to: Access, letter: Letter) -> Replayed:
     result = Replayed(under.producer, timestamp(clock.now_ms()), answered.accepted, rejected)
     # What was rejected as a whole may be taken another time, under the same number: nothing of it was stored.
     return settle(store, letter, result) if answered.stored else result
+
+
+def _key(to: Access) -> str:
+    """The id of the key that opens the API, or the name that signs for it."""
+    kind, _, text = to.headers().get("Authorization", "").partition(" ")
+    if kind == "Bearer":
+        return text.partition(".")[0]
+    return next((field[4:] for field in text.split("&") if field.startswith("skn=")), "")
 
 
 def _not_yet(letter: Letter, why: str) -> PenstockError:
