@@ -195,10 +195,10 @@ class Machines:
                 self.ended.append(f"{machine.name}: {machine.process.text()[-1000:]}")
                 machine.start()
 
-    def check(self, command: str, store: str) -> None:
+    def check(self, command: str, store: str, *more: str) -> None:
         """It must exit 0."""
         system = self.systems[0]
-        done = system.run(command, "--data", str(system.data), "--store", store)
+        done = system.run(command, "--data", str(system.data), "--store", store, *more)
         assert done.returncode == 0, f"{command}: {done.stdout.decode()}{done.stderr.decode()}"
 
     def events(self) -> int:
@@ -330,6 +330,8 @@ def test_each_event_is_archived_once_whoever_dies(machines: Machines, azurite: E
     sent = [[Batch(flights.lines)], *load.batches]
     machines.check("flush", machines.store)
     machines.check("verify", machines.store)
+    hub = f"kafka://{machines.brokers.servers}/{machines.topic}"
+    machines.check("audit", machines.store, "--deep", "--hub", hub)
     folder = azurite.download(machines.store, tmp_path / "copy")
     assert problems(folder, PARTITIONS, sent) == []
     once, in_log = sum(1 for _ in archived(folder)), machines.events()
