@@ -1,8 +1,8 @@
 """What any reader takes of a log that has batches twice: each event once, with its own sequence number (hub/duplicates.py judges).
 
 For groups other than the archive. They keep no state of what they know of producers: whoever begins at a checkpoint takes the archive's
-nearest state before it and reads on from there. The archive keeps those of its last two files; a group that is further behind
-begins with what the last hour of the log tells, and a copy that came later than that is given to it.
+nearest state before it and reads on from there. The archive keeps those of its last two files and a few older ones; a group that is
+behind all of them begins with what the last hour of the log tells, and a copy that came later than that is given to it.
 
 Where the archive makes one frame of what is new in one, here events must keep their places, because their sequence numbers follow
 from them: each row of new events becomes a frame of its own, which begins at the place of the first.
