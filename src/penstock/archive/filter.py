@@ -276,4 +276,5 @@ def _part(frame: Frame, keep: list[tuple[int, int]]) -> Frame:
         source_count=0,
         sources=b"",
         shares=b"",
+        owners=b"",
     )
