@@ -187,7 +187,7 @@ def test_a_host_by_address_needs_a_store_that_is_named(make_system: Make) -> Non
     system = make_system()
     done = system.run("host", "--hub", "http://127.0.0.1:9")
     assert (done.returncode, b"--store" in done.stderr) == (2, True), done
-    done = system.run("host", "--hub", "kafka://h:1/t", "--store", "s")
+    done = system.run("host", "--hub", "amqp://h:1/t", "--store", "s")
     assert (done.returncode, b"http://HOST:PORT" in done.stderr) == (2, True), done
     done = system.run("host", "--hub", "http://127.0.0.1:9", "--store", "s")
     assert (done.returncode, b"gives no answer" in done.stderr) == (1, True), done

@@ -270,6 +270,7 @@ def test_cloudevents(rig: Rig) -> None:
     rig.sent.append(Batch(mixed[:1]))
 
 
+@embedded_only
 def test_a_cloudevent_in_binary_mode(rig: Rig) -> None:
     """As the CloudEvents HTTP protocol binding 1.0.2 prints it in 3.1.4, with a subject that is a device."""
     headers = {

@@ -137,6 +137,7 @@ class Crowd(Load):
                 self._never.wait(wait_s)
 
 
+@embedded_only
 def test_who_waits_on_his_connection_gets_in_whatever_he_sends(system: System) -> None:
     """Beside one who ignores what he is told, and gains less by it than the others get."""
     units(system, None)

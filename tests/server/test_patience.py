@@ -98,3 +98,16 @@ def test_one_who_waits_is_heard_at_once_beside_many_who_do_not(serve, monkeypatc
     for one in others:
         one.join()
     assert took_s < 0.5, took_s
+
+
+def test_what_came_meanwhile_is_answered_before_the_end_of_a_drain(serve, monkeypatch):
+    monkeypatch.setattr(patience, "REFUSALS_PER_S", 0.5)
+    monkeypatch.setattr(patience, "AT_ONCE", 1)
+    served = serve(Later(503))
+    client = served.client()
+    while served.server.rest_s() < REST_S_MOST:
+        continue
+    assert client.ask(GET).status == 503
+    client.send(GET)
+    served.start_drain(5.0)()
+    assert (client.answer().status, client.ended()) == (503, b"")

@@ -29,9 +29,8 @@ from penstock.server.problems import problem
 
 __all__ = ["Connection", "Handler", "Limits", "Reply", "Request", "Response", "Server"]
 
-_READ_BYTES_LEAST = (
-    64 << 10
-)  # of an answer within `write_s`, or all of it: a byte now and then does not hold it for ever
+# Of an answer within `write_s`, or all of it: a byte now and then does not hold it for ever.
+_READ_BYTES_LEAST = 64 << 10
 _BODY = Arriving.BODY  # what a member of an enum costs to look up is too much for each read
 _LATER = frozenset((429, 503))
 _RESET = struct.pack("ii", 1, 0)
@@ -59,19 +58,8 @@ class Connection(asyncio.Protocol):
     """One client. `_current` is the request that is being handled, `_held` what waits unparsed behind it."""
 
     __slots__ = (
-        *(
-            "_arriving_bytes",
-            "_blocked",
-            "_closing",
-            "_current",
-            "_ended",
-            "_held",
-            "_line",
-            "_parser",
-            "_paused",
-            "_peer",
-        ),
-        *("_resting", "_server", "_since", "_stepping", "_transport", "_unsent"),
+        *("_arriving_bytes", "_blocked", "_closing", "_current", "_ended", "_held", "_line", "_parser"),
+        *("_paused", "_peer", "_resting", "_server", "_since", "_stepping", "_transport", "_unsent"),
     )
 
     def __init__(self, server: Server) -> None:
@@ -313,6 +301,8 @@ class Connection(asyncio.Protocol):
         return self._since if nothing and not (self._unsent or self._closing) else None
 
     def close_if_idle(self) -> None:
+        if self._resting:  # what came meanwhile is to have its answer
+            self._rested()
         idle = self._current is None and self._parser.arriving is Arriving.NOTHING
         if idle and not self._closing and self._transport is not None:
             self._close(self._transport)
