@@ -77,13 +77,22 @@ class Machine:
     def __init__(self, name: str, begin: Callable[[], Process]) -> None:
         self.name = name
         self._begin = begin
+        self._said_before = 0
         self.process = begin()
 
     def kill(self) -> None:
         self.process.kill()
 
     def start(self) -> None:
+        self._said_before = len(self.process.text())
         self.process = self._begin()
+
+    def found_trouble(self) -> bool:
+        """Whether it ended because the brokers were in trouble when it began: then it says that, and nothing of work."""
+        said = self.process.text()[self._said_before :]
+        return "lease taken" not in said and said.rstrip().rpartition("\n")[2].startswith(
+            "penstock: The Kafka brokers at"
+        )
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -192,7 +201,8 @@ class Machines:
         """Whoever has ended by himself is started again, and named."""
         for machine in (*self.apis, *self.hosts):
             if machine.process.ended:
-                self.ended.append(f"{machine.name}: {machine.process.text()[-1000:]}")
+                if not machine.found_trouble():
+                    self.ended.append(f"{machine.name}: {machine.process.text()[-1000:]}")
                 machine.start()
 
     def check(self, command: str, store: str, *more: str) -> None:
