@@ -11,6 +11,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "penstock"
 FUNCTION_LINES_MAX = 60
 MODULE_LINES_MAX = 400
+SMALLER = {"server/http.py": 300}
 
 BASE = {"errors", "events", "clock", "files", "growing", "sas", "access"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -100,8 +101,9 @@ def findings(root: Path) -> Iterator[str]:
         part = name.removesuffix(".py").split("/")[0]
         if path.stem in NO_NAMES:
             yield f"{name}: a module is named after what it does, not `{path.stem}`"
-        if (lines := len(text.splitlines())) > MODULE_LINES_MAX:
-            yield f"{name}: {lines} lines, at most {MODULE_LINES_MAX}"
+        most = SMALLER.get(name, MODULE_LINES_MAX)
+        if (lines := len(text.splitlines())) > most:
+            yield f"{name}: {lines} lines, at most {most}"
         yield from imports(name, part, tree)
         yield from dangers(name, part, tree)
         yield from functions(name, tree)
@@ -213,6 +215,7 @@ def test_the_total(capsys: pytest.CaptureFixture[str]) -> None:
         ("server/app.py", "def f():\n    global x\n    x = 1"),
         ("server/app.py", "def f():\n" + "    x = 1\n" * FUNCTION_LINES_MAX),
         ("server/app.py", "x = 1\n" * (MODULE_LINES_MAX + 1)),
+        ("server/http.py", "x = 1\n" * 301),
         ("server/utils.py", "x = 1"),
     ],
 )

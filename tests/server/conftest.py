@@ -15,8 +15,9 @@ import pytest
 import uvloop
 
 from penstock.clock import SystemClock
-from penstock.server.http import Handler, Limits, Reply, Request, Response
 from penstock.server.listener import Server
+from penstock.server.message import Handler, Reply, Request, Response
+from penstock.server.parser import Limits
 from penstock.server.tls import Certificates
 from penstock.testing import MemoryLog
 

@@ -7,8 +7,8 @@ import pytest
 
 from penstock.errors import Unauthenticated
 from penstock.server.app import Route, Router, Where
-from penstock.server.http import Limits, Request, Response
-from penstock.server.message import Grant, Right
+from penstock.server.message import Grant, Request, Response, Right
+from penstock.server.parser import Limits
 
 BODY = b"x" * 40_000
 PATIENT = Limits(body_s=60.0, linger_s=60.0, sweep_s=0.02, grace_s=0.1)

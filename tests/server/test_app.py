@@ -10,7 +10,7 @@ from penstock.errors import HubBroken, ReaderFenced, StorageFull
 from penstock.events import FrameKind
 from penstock.server.app import Router, Where, routes
 from penstock.server.app import answer as run
-from penstock.server.http import Reply, Request, Response
+from penstock.server.message import Reply, Request, Response
 from penstock.server.read import FRAMES, Reads
 from penstock.testing import FakeClock, MemoryHub, MemoryLog
 from penstock.wire.frame import HEADER_BYTES, decode

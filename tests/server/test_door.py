@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.server.http import Limits
+from penstock.server.parser import Limits
 from penstock.server.tls import Certificates
 from penstock.testing import MemoryLog
 from tests.certificates import Authority

@@ -10,7 +10,8 @@ import pytest
 
 from bench.refused import CHUNKED, HOSTILE, TOO_MUCH
 from penstock.errors import MalformedBody
-from penstock.server.http import Limits, Reply, Request, Response
+from penstock.server.message import Reply, Request, Response
+from penstock.server.parser import Limits
 from penstock.server.problems import problem as refusal
 
 GET = b"GET /a?b=c HTTP/1.1\r\nHost: h\r\n\r\n"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from penstock.errors import NotFound
-from penstock.server.http import Reply, Request, Response
+from penstock.server.message import Reply, Request, Response
 from penstock.server.problems import problem
 from penstock.server.trace import fields, trace_id, traced, tracing
 from tests.server.conftest import Serve

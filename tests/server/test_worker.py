@@ -16,7 +16,8 @@ WORKER = """
 import asyncio, socket, sys, threading
 from penstock.clock import SystemClock
 from penstock.server.app import Service, make_app, run_worker
-from penstock.server.http import Limits, Response
+from penstock.server.message import Response
+from penstock.server.parser import Limits
 from penstock.server.read import Reads
 from penstock.testing import MemoryHub, MemoryLog
 

@@ -331,6 +331,42 @@ def test_large_events_and_groups_that_are_split() -> None:
     assert Router(3).route(lines[-1], Stamp(RECEIVED)).rejected[0].code == "event_too_large"
 
 
+@pytest.mark.parametrize("end", [b" ", b"\r", b"\t \r"])
+def test_without_the_check_of_sizes_the_oracle_fails_for_one_line(monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
+    given: dict[str, Any] = {"field": "deviceId", "device": None, "properties": b"", "limits": LIMITS}
+    body = b'{"deviceId":"d","x":1}%b\n' % end
+    assert not check(Router(3), body, **given)
+    monkeypatch.setattr(route, "_adds_up", lambda *_: True)
+    with pytest.raises(AssertionError):
+        check(Router(3), body, **given)
+
+
+@pytest.mark.parametrize("more", [-40, -1, 0, 1, 2])
+def test_one_line_alone_has_the_same_bound_as_among_others(more: int) -> None:
+    given: dict[str, Any] = {"field": "deviceId", "device": None, "properties": b"", "limits": LIMITS}
+    line = b'{"deviceId":"d","x":"%b"}' % (b"y" * (262_144 - 23 + more))
+    assert len(line) == 262_144 + more
+    small = b'{"deviceId":"d"}'
+    for body in (line, line + b"\n", line + b"\n" + small, small + b"\n" + line + b"\n"):
+        check(Router(3), body, **given)
+        rejected = Router(3).route(body, Stamp(RECEIVED)).rejected
+        assert [one.code for one in rejected] == ["event_too_large"] * (more > 0)
+
+
+@pytest.mark.parametrize("body", [b'{"deviceId":"d",\n"x":1}\n', b'{\n"deviceId":"d"}', b'{"deviceId":"d"\n}\n'])
+def test_an_object_over_several_lines_is_no_event(body: bytes) -> None:
+    """It would be stored with its line feeds, and no line of the file would be JSON."""
+    given: dict[str, Any] = {"field": "deviceId", "device": None, "properties": b"", "limits": LIMITS}
+    assert not check(Router(3), body, **given)
+    assert Router(3).route(body, Stamp(RECEIVED)).accepted == 0
+
+
+@pytest.mark.parametrize("line", [b' {"deviceId":"d"}', b'\t{"deviceId":"d"}', b'[{"deviceId":"d"}]', b'"deviceId"'])
+def test_one_line_that_begins_otherwise(line: bytes) -> None:
+    given: dict[str, Any] = {"field": "deviceId", "device": None, "properties": b"", "limits": LIMITS}
+    assert not check(Router(3), line + b"\n", **given)
+
+
 def test_the_number_of_events_is_bounded() -> None:
     line = b'{"deviceId":"d-1"}\n'
     router = Router(3, events_max=5)

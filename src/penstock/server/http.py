@@ -19,15 +19,16 @@ import asyncio
 import socket
 import struct
 from http import HTTPStatus
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from penstock.errors import HubBusy, PenstockError, RequestTimeout
 from penstock.server import trace
-from penstock.server.message import Admit, Handler, Line, Reply, Request, Response
-from penstock.server.parser import Arriving, Limits, Parser, draining
+from penstock.server.message import Line, Request, Response
+from penstock.server.parser import Arriving, Parser, draining
 from penstock.server.problems import problem
 
-__all__ = ["Connection", "Handler", "Limits", "Reply", "Request", "Response", "Server"]
+if TYPE_CHECKING:
+    from penstock.server.listener import Server
 
 # Of an answer within `write_s`, or all of it: a byte now and then does not hold it for ever.
 _READ_BYTES_LEAST = 64 << 10
@@ -35,23 +36,6 @@ _BODY = Arriving.BODY  # what a member of an enum costs to look up is too much f
 _LATER = frozenset((429, 503))
 _RESET = struct.pack("ii", 1, 0)
 _STATUS = {status.value: b"HTTP/1.1 %d %s" % (status, status.phrase.encode()) for status in HTTPStatus}
-
-
-class Server(Protocol):
-    """What a connection asks of its server (listener.py)."""
-
-    handler: Handler
-    admit: Admit
-    arriving_bytes: int
-    limits: Limits
-    draining: bool
-    now: float
-    date: bytes
-
-    def enter(self, connection: Connection, host: str) -> PenstockError | None: ...
-    def forget(self, connection: Connection) -> None: ...
-    def rest_s(self) -> float: ...
-    def fault(self, error: BaseException, **about: object) -> PenstockError: ...
 
 
 class Connection(asyncio.Protocol):
