@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 import zstandard
+from msgspec.structs import replace
 
 from penstock import sas
 from penstock.access import address
@@ -220,10 +221,10 @@ def headers(data: bytes) -> None:
             told = trace.fields({b"traceparent": text})
             assert not told or (len(told["trace_id"]) == 32 and told["trace_id"].encode() in text)
         elif way == 0:
-            producer, epoch, sequence, after, sha256 = _numbered(text)
-            again = f"{producer};epoch={epoch};sequence={sequence};sha256={sha256.hex()}".encode()
-            assert _numbered(again) == (producer, epoch, sequence, None, sha256)
-            assert after is None or 0 <= after < 1 << 63
+            number = _numbered(text)
+            again = f"{number.producer};epoch={number.epoch};sequence={number.sequence};sha256={number.sha256.hex()}".encode()
+            assert _numbered(again) == replace(number, after=None)
+            assert number.after is None or 0 <= number.after < 1 << 63
         elif way == 1:
             name, _, value = text.partition(b":")
             properties = _properties({b"penstock-property-" + name: value, b"accept": value})

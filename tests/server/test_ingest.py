@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 import zstandard
+from msgspec.structs import replace
 
 from penstock.errors import HubBroken, HubUnavailable, StorageFull
 from penstock.events import Appended, Batch
@@ -426,7 +427,7 @@ class EarlyIngest(Ingest):
         early, self._waiting = self._waiting, []
         for waiting in early:
             waiting.reply(Response(200, b"{}"))
-            self._waiting.append(waiting._replace(reply=lambda _: None))
+            self._waiting.append(replace(waiting, reply=lambda _: None))
         super()._turn(len(self._waiting))
 
 

@@ -6,7 +6,9 @@ A framing is a function from what was posted to lines. `own` is that of the API'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from penstock.server.message import Reply, Request
 from penstock.wire import cloudevents
@@ -14,7 +16,7 @@ from penstock.wire.body import CLOUDEVENT, device_field, ndjson
 from penstock.wire.route import Rejected
 
 
-class Posted(NamedTuple):
+class Posted(msgspec.Struct, frozen=True, gc=False):
     """`body` is unzipped. `field` names the device: the installation's, or the batch's own if `field_given`. `device` is the path's."""
 
     headers: Mapping[bytes, bytes]
@@ -27,7 +29,7 @@ class Posted(NamedTuple):
     event_bytes_max: int
 
 
-class Framed(NamedTuple):
+class Framed(msgspec.Struct, frozen=True, gc=False):
     """NDJSON, the field that names the device in it, and the device of events without that field, if they have one.
 
     `whole`: nothing is stored unless every event can be. `rejected`: what the framing itself rejects, a line of its own all the same.

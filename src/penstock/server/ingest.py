@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -64,7 +64,7 @@ class Log(Protocol):
     def exception(self, event: str, **fields: object) -> object: ...
 
 
-class _Waiting(NamedTuple):
+class _Waiting(msgspec.Struct, frozen=True, gc=False):
     """A batch on its way to the disk, and whom to tell."""
 
     batch: Batch
@@ -216,7 +216,7 @@ class Ingest:
         given = number_of(request)
         number = given or Number(self._worker, 0, next(self._numbers), None, b"")
         framed = self._framed(request, device, framing)
-        lines, field, device = framed[:3]
+        lines, field, device = framed.lines, framed.field, framed.device
         allows = request.grant.allows
         if allows is not None:
             self._check_devices(allows, field, device)
@@ -247,10 +247,9 @@ class Ingest:
             number.after,
             request.grant.name,
         )
-        size = sum([len(group.content) for group in routed.groups])
         if self._quota is not None:
-            self._quota.charge(request, batch, size)
-        return _Waiting(batch, rejected, size, reply)
+            self._quota.charge(request, batch, routed.bytes)
+        return _Waiting(batch, rejected, routed.bytes, reply)
 
     def _framed(self, request: Request, device: str | None, framing: Framing) -> Framed:
         headers = request.headers
@@ -384,6 +383,8 @@ def _merged(first: Sequence[Rejected], others: Sequence[Rejected]) -> tuple[Reje
 
 def _properties(headers: dict[bytes, bytes]) -> bytes:
     """The event properties as a JSON object, or nothing."""
+    if _PROPERTY not in b"\n".join(headers):
+        return b""
     found = {}
     for name, value in headers.items():
         if name.startswith(_PROPERTY):

@@ -6,6 +6,8 @@ import enum
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 
 class Right(enum.Flag):
     """What a key is for."""
@@ -44,36 +46,25 @@ class Line:
         self.whose = self.waits = 0
 
 
-class Request:
+class Request(msgspec.Struct, eq=False, gc=False):
     """A request that has arrived whole. `path` and `query` are raw; header names are lower case, repeats joined by `, `.
 
     `grant` is what its sender may, set before the action of its route is called; `peer` the address it came from, where that is known;
     `line` is its connection's, where it came over one.
     """
 
-    __slots__ = ("body", "grant", "headers", "keep_alive", "line", "method", "path", "peer", "query")
-
-    def __init__(
-        self,
-        method: bytes,
-        path: bytes,
-        query: bytes,
-        headers: dict[bytes, bytes],
-        body: bytes,
-        keep_alive: bool = True,
-    ) -> None:
-        self.method = method
-        self.path = path
-        self.query = query
-        self.headers = headers
-        self.body = body
-        self.keep_alive = keep_alive
-        self.grant = NOBODY
-        self.peer = ""
-        self.line: Line | None = None
+    method: bytes
+    path: bytes
+    query: bytes
+    headers: dict[bytes, bytes]
+    body: bytes
+    keep_alive: bool = True
+    grant: Grant = NOBODY
+    peer: str = ""
+    line: Line | None = None
 
 
-class Response(NamedTuple):
+class Response(msgspec.Struct, frozen=True, gc=False):
     """An answer. Length, date and connection headers are the connection's affair."""
 
     status: int

@@ -10,7 +10,8 @@ beside the body that says what is stored: a device that counts its own requests 
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+
+import msgspec
 
 from penstock.errors import BadHeader, BodyMismatch
 from penstock.hub.producers import KEYED
@@ -30,7 +31,7 @@ _SAYS_WHAT = (
 )
 
 
-class Number(NamedTuple):
+class Number(msgspec.Struct, frozen=True, gc=False):
     """`sha256` is that of the body as it was sent."""
 
     producer: str

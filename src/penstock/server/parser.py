@@ -77,6 +77,7 @@ class Parser:
             "_raw_bytes",
             "_target",
             "_upgrade",
+            "_version",
         ),
     )
 
@@ -97,6 +98,7 @@ class Parser:
         self._target = b""
         self._head_bytes = 0
         self._upgrade = False
+        self._version = ""
 
     @property
     def headers(self) -> Mapping[bytes, bytes]:
@@ -186,7 +188,7 @@ class Parser:
 
     def on_headers_complete(self) -> None:
         headers = self._headers
-        version = self._http.get_http_version()
+        version = self._version = self._http.get_http_version()
         if version not in ("1.1", "1.0"):
             raise BadHeader(f"HTTP/{version} is not spoken here.")
         if b"host" not in headers and version == "1.1":
@@ -229,7 +231,7 @@ class Parser:
     def on_message_complete(self) -> None:
         if self._upgrade:
             return
-        keep_alive = self._http.should_keep_alive() and self._http.get_http_version() == "1.1"
+        keep_alive = self._http.should_keep_alive() and self._version == "1.1"
         self.ready.append(self._request(bytes(self._body), keep_alive))
         self.arriving = _NOTHING
         self.expects = False

@@ -8,6 +8,7 @@ from typing import Protocol
 from urllib.parse import parse_qsl
 
 import msgspec
+from msgspec.structs import replace
 
 from penstock.clock import parse_timestamp, timestamp
 from penstock.errors import BadHeader, BadParameter, NotFound
@@ -178,7 +179,7 @@ class Reads:
         return Response(200, body, content_type, (*self._ours, *offsets))
 
     def _json(self, body: object) -> Response:
-        return json(body)._replace(headers=self._ours)
+        return replace(json(body), headers=self._ours)
 
     def _bounds(self, number: int) -> Partition:
         bounds = self._hub.bounds(number)

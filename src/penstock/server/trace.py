@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from msgspec.structs import replace
+
 from penstock.server.message import Reply, Response
 
 _TRACEPARENT = re.compile(rb"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
@@ -30,7 +32,7 @@ def traced(headers: Headers, response: Response) -> Response:
     trace = trace_id(headers)
     if trace is None or response.content_type != _PROBLEM:
         return response
-    return response._replace(body=response.body[:-1] + b',"trace_id":"%b"}' % trace.encode())
+    return replace(response, body=response.body[:-1] + b',"trace_id":"%b"}' % trace.encode())
 
 
 def tracing(headers: Headers, reply: Reply) -> Reply:

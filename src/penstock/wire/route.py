@@ -56,10 +56,11 @@ class Rejected(msgspec.Struct, frozen=True, gc=False):
 
 
 class Routed(msgspec.Struct, frozen=True, gc=False):
-    """A batch split: accepted events in groups by partition, in order in each, and the rejected ones."""
+    """A batch split: accepted events in groups by partition, in order in each, of `bytes` in all, and the rejected ones."""
 
     groups: tuple[Group, ...]
     accepted: int
+    bytes: int
     rejected: tuple[Rejected, ...] = ()
 
 
@@ -198,7 +199,7 @@ class Router:
             cut.extend(made)
         if not _adds_up(size, body, count, closing):
             raise _NotSure
-        return Routed(tuple(cut), count)
+        return Routed(tuple(cut), count, size)
 
     def _fast_one(self, body: bytes, closing: bytes, decoder: msgspec.json.Decoder[Any]) -> Routed:
         """One line. What many need is half of the work for one."""
@@ -206,7 +207,7 @@ class Router:
         content = body.removesuffix(_CLOSING) + closing
         if body[0] != _OPENING or len(content) > self._event_bytes_max or not _adds_up(len(content), body, 1, closing):
             raise _NotSure
-        return Routed((Group(partition, 1, content),), 1)
+        return Routed((Group(partition, 1, content),), 1, len(content))
 
     def _fast_by_device(
         self, body: bytes, count: int, decoder: msgspec.json.Decoder[Any], device: str | None, allows: Allows | None
@@ -280,7 +281,8 @@ class Router:
         cut: list[Group] = []
         for partition, group in sorted(groups.items()):
             cut.extend(self._groups(partition, group, stamp.closing))
-        return Routed(tuple(cut), index + 1 - len(rejected), tuple(rejected))
+        size = sum([len(group.content) for group in cut])
+        return Routed(tuple(cut), index + 1 - len(rejected), size, tuple(rejected))
 
 
 def _adds_up(size: int, body: bytes, count: int, closing: bytes) -> bool:
