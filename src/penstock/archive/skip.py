@@ -27,22 +27,29 @@ def skip(store: BlobStore, hub: Hub, order: Order, *, clock: Clock, watch_s: flo
     lease = standing(store, ARCHIVE_GROUP, order.partition, clock=clock, watch_s=watch_s)
     ledger = Ledger(store, hub.id, order.partition)
     behind = _behind(ledger, lease, order.partition)
-    last = behind[-1] if behind else None
-    place = last.next if last else 0
     done = lease.sequence_number if lease else 0  # what is missing of the files before, somebody has removed
     missing = [
         link for link in behind if isinstance(link, Record) and link.first >= done and not in_store(store, link.file)
     ]
-    at = int(lease.offset) if lease else (missing[0].first if missing else place) >> hub.place_bits
-    to = max(destination(hub, order, at=at, earliest=place >> hub.place_bits) << hub.place_bits, place)
+    start = missing[0].first if missing else behind[-1].next if behind else 0
+    at = int(lease.offset) if lease else start >> hub.place_bits
+
+    def earliest(first: int) -> int:
+        return _end(_before(behind, first << hub.place_bits)) >> hub.place_bits
+
+    wanted = destination(hub, order, at=at, earliest=earliest) << hub.place_bits
+    # Files that were decided behind it are not this order's: who comes there completes them.
+    passed = _before(behind, wanted)
+    place = _end(passed)
+    to = max(wanted, place)
     records = []
 
     def passed_over(first: int, following: int) -> Gap:
-        epoch = lease.epoch if lease else last.epoch if last else 0
+        epoch = lease.epoch if lease else behind[-1].epoch if behind else 0
         reason = f"skipped: {order.reason}"
         return gap(hub, order.partition, first, following, reason, host=order.by, epoch=epoch, clock=clock)
 
-    for record in missing:
+    for record in [record for record in missing if record in passed]:
         ledger.lose(passed_over(record.first, record.next))
         records.append(lost_name(order.partition, record.first))
     if place < to:
@@ -58,6 +65,15 @@ def skip(store: BlobStore, hub: Hub, order: Order, *, clock: Clock, watch_s: flo
     offset = str(to >> hub.place_bits)
     move(store, ARCHIVE_GROUP, order.partition, offset=offset, sequence_number=to)
     return Skipped(ARCHIVE_GROUP, order.partition, str(at), offset, order.reason, order.by, records)
+
+
+def _before(behind: list[Link], place: int) -> list[Link]:
+    """What begins before that place."""
+    return [link for link in behind if link.first < place]
+
+
+def _end(links: list[Link]) -> int:
+    return links[-1].next if links else 0
 
 
 def _behind(ledger: Ledger, lease: Lease | None, partition: int) -> list[Link]:

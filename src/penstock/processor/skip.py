@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import msgspec
@@ -89,7 +90,7 @@ def skip(store: BlobStore, hub: Hub, group: str, order: Order, *, clock: Clock, 
             "nothing to skip."
         )
     at, records = int(lease.offset), []
-    to = destination(hub, order, at=at, earliest=at)
+    to = destination(hub, order, at=at, earliest=lambda _first: at)
     while at < to:
         name = skip_name(group, order.partition, at)
         made = Skip(
@@ -124,11 +125,14 @@ def standing(store: BlobStore, group: str, partition: int, *, clock: Clock, watc
     return lease[0] if lease else None
 
 
-def destination(hub: Hub, order: Order, *, at: int, earliest: int) -> int:
-    """The offset to go on from, for one who would read at offset `at`, and may go on from `earliest`. Raises SettingsError."""
+def destination(hub: Hub, order: Order, *, at: int, earliest: Callable[[int], int]) -> int:
+    """The offset to go on from, for one who would read at offset `at`. Raises SettingsError.
+
+    `earliest` says where one may go on if the log begins at that offset.
+    """
     bounds = hub.bounds(order.partition)
     first, end = bounds.first >> hub.place_bits, bounds.next >> hub.place_bits
-    goal = max(first, earliest)
+    goal = max(first, earliest(first))
     to = goal if order.to == EARLIEST else int(order.to)
     if at >= first and not order.forced:
         raise SettingsError(
