@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import msgspec
 
-from penstock.archive import begin
+from penstock.archive import begin, skip
 from penstock.archive.archiver import Archiver
 from penstock.archive.cut import ClosedBy, ends
-from penstock.archive.ledger import Ledger, Record
+from penstock.archive.ledger import Gap, Ledger, Link, Record
 from penstock.blobs import BlobStore
 from penstock.clock import Clock
 from penstock.errors import BlobNotFound, StoreUnavailable
@@ -23,7 +23,7 @@ from penstock.processor.lease import Holding, Start
 
 
 class Broken(enum.Enum):
-    """The step that is missing. The first three are the store's client's, the last is the clock's that a host is given."""
+    """The step that is missing. The first three are the store's client's, the eighth is the clock's that a host is given."""
 
     EXISTS_IS_MINE = "AlreadyExists is taken for one's own write (L3)"
     UNKNOWN_IS_DONE = "an unknown result of a create is trusted (L3)"
@@ -33,6 +33,8 @@ class Broken(enum.Enum):
     NO_GAP = "an archive that begins late begins where the log does, and no record says so (L1)"
     UNCONFIRMED = "the next record is begun before the file is confirmed (L4)"
     WALL_CLOCK = "leases expire by the wall clock"
+    UNSAID = "an order to skip moves the lease, and no record says what is left out (L1)"
+    UNHEARD = "an order to skip does not hear that what comes there was decided otherwise (L2)"
 
 
 @contextlib.contextmanager
@@ -48,6 +50,8 @@ def breaking(broken: Broken | None) -> Iterator[None]:
             undo.enter_context(patch.object(Archiver, "_begin", _begin_with_the_log))
         if broken is Broken.UNCONFIRMED:
             undo.enter_context(patch.object(Archiver, "_put", _put_unconfirmed))
+        if broken in (Broken.UNSAID, Broken.UNHEARD):
+            undo.enter_context(patch.object(skip, "Ledger", _Unsaid if broken is Broken.UNSAID else _Unheard))
         yield
 
 
@@ -85,3 +89,16 @@ def _put_unconfirmed(self: Archiver, record: Record, work: BinaryIO) -> None:
     work.seek(0)
     with contextlib.suppress(StoreUnavailable):
         self._store.put(record.file, work)
+
+
+class _Unsaid(Ledger):
+    def create(self, record: Link) -> Link:
+        return record
+
+    def lose(self, gap: Gap) -> None: ...
+
+
+class _Unheard(Ledger):
+    def create(self, record: Link) -> Link:
+        super().create(record)
+        return record

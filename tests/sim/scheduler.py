@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace, TracebackType
 from typing import Any, cast
 
@@ -59,6 +59,7 @@ class Scheduler:
         self.now = 0.0
         self.current: Task | None = None
         self._hub = getcurrent()
+        self._switch = self._hub.switch
         self._queue: list[tuple[float, int, Task | _Act, int]] = []
         self._order = 0
         self._until = 0.0
@@ -84,19 +85,27 @@ class Scheduler:
 
     def sleep(self, seconds: float) -> None:
         """Let the running thread go on so much later; whoever is due before that has its turn."""
-        task = self._running()
+        task = self.current
+        assert task is not None, "only a thread can wait"
+        if task.process.dead:
+            raise GreenletExit
         at = self.now + seconds
         if at < self._until and at >= task.process.paused_until and (not self._queue or at < self._queue[0][0]):
             self.now = at  # nobody else is due before, so the way through the queue would end here too
             return
         task.ticket += 1
-        self._push(at, task)
-        self._hub.switch()
+        self._order += 1
+        heapq.heappush(self._queue, (at, self._order, task, task.ticket))
+        self._switch()
 
     def park(self) -> None:
         """Let the running thread stand still until somebody wakes it."""
-        self._running().ticket += 1
-        self._hub.switch()
+        task = self.current
+        assert task is not None, "only a thread can wait"
+        if task.process.dead:
+            raise GreenletExit
+        task.ticket += 1
+        self._switch()
 
     def wake(self, task: Task) -> None:
         """Make a thread that sleeps or is parked go on now."""
@@ -128,13 +137,6 @@ class Scheduler:
             self.current = task
             task.greenlet.throw(GreenletExit)
         self.current = None
-
-    def _running(self) -> Task:
-        task = self.current
-        assert task is not None, "only a thread can wait"
-        if task.process.dead:
-            raise GreenletExit
-        return task
 
     def _push(self, at: float, due: Task | _Act) -> None:
         self._order += 1
@@ -237,6 +239,20 @@ class SimClock:
     def jump(self, seconds: float) -> None:
         """Set the wall clock, forward or back."""
         self._wall_ms += round(seconds * 1000)
+
+
+class InPlace:
+    """In the place of a pool of threads, of which the checks make one for each archive: nothing here waits."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> InPlace:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def map(self, act: Callable[[Any], Any], over: Iterable[Any]) -> Iterator[Any]:
+        return (act(one) for one in over)
 
 
 @contextlib.contextmanager

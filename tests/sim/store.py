@@ -25,6 +25,7 @@ class Fate(enum.Enum):
     TWICE = "is done, and sent again by the client: already there"
 
 
+FINE = Fate.FINE
 WRITING = {"create", "replace", "put", "delete"}
 WRITES = (Fate.NOT_DONE, Fate.DONE, Fate.LATE, Fate.TWICE)
 READS = (Fate.NOT_DONE,)
@@ -130,7 +131,7 @@ class SimBlobs:
         return self._blobs.create(name, body, id=id)
 
     def _read(self, operation: str, name: str, read: Callable[[], T]) -> T:
-        if self._line.before(operation, name) is not Fate.FINE:
+        if self._line.before(operation, name) is not FINE:
             self._line.after("no answer")
             raise StoreUnavailable(f"{operation} {name}: no answer", blob=name)
         return self._answered(read)
@@ -145,7 +146,7 @@ class SimBlobs:
     ) -> T | None:
         """`again`: what the store says when it gets the same a second time after it was done."""
         fate = self._line.before(operation, name)
-        if fate is Fate.FINE:
+        if fate is FINE:
             return self._answered(write)
         if fate is Fate.LATE:
             self._line.later(name, what, write)

@@ -9,6 +9,9 @@ everything must come right: see `settle` and `judge`; `WatchedBlobs` looks at ev
 
 In a third of the seeds the archive begins late: of each log the first events are gone, in some partitions all.
 
+In a quarter of the seeds events are deleted that were not archived, and people order to skip, at any moment, in any partition: what is
+gone, or by force what is there. Then they do so until nothing stands still.
+
 Where leases are deleted and retention goes on, a lease that was created when none was there, by a request that landed long after
 its client gave up, may stand before events that retention has deleted since. Then the partition parks, until people delete the
 lease: so they do here. That is in the seeds in which the archive begins late; in the others leases are deleted or events are.
@@ -16,24 +19,30 @@ lease: so they do here. That is in the seeds in which the archive begins late; i
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from penstock.archive import archiver, begin
+from penstock.archive import archiver, begin, check
 from penstock.archive.hours import ARCHIVE_GROUP, manifest_name
-from penstock.archive.ledger import claim
+from penstock.archive.ledger import Gap, claim
 from penstock.blobs import Listed
 from penstock.errors import PenstockError
+from penstock.processor import skip
 from penstock.processor.lease import Lease, decode_lease, lease_name
+from penstock.processor.skip import EARLIEST, Order
 from tests.archive.conftest import CountingHub
 from tests.sim.broken import Broken, breaking
-from tests.sim.member import LEASE_S, START_MS, Chaos, Member
-from tests.sim.oracle import Line, Violation, WatchedBlobs, hour_of, judge
-from tests.sim.scheduler import Scheduler, SimClock, simulated_threads
+from tests.sim.member import Member
+from tests.sim.node import LEASE_S, START_MS, Chaos
+from tests.sim.oracle import ORDER, SKIPPED, Line, Violation, WatchedBlobs, hour_of, judge
+from tests.sim.person import Person
+from tests.sim.scheduler import InPlace, Scheduler, SimClock, simulated_threads
 
 PERIOD_S = 60
 POLL_S = 3.0
@@ -41,6 +50,7 @@ POLL_S = 3.0
 
 BALANCED_S = 2 * LEASE_S
 ARCHIVED_S = 20 * LEASE_S
+ORDERS_MAX = 100
 
 
 class World:
@@ -64,6 +74,10 @@ class World:
         self.events = 0
         self.members: list[Member] = []
         self.joined = 0
+        self.skips = seed % 4 == 3
+        self.people: list[Person] = []
+        self.orders = 0
+        self.begins = [0 for _ in self.partitions]
         self.began_late = self.random.random() < 1 / 3
         if self.began_late:
             self._lose_some()
@@ -93,6 +107,7 @@ class World:
             (90.0, lambda: self.jump(self.clock, "the hub")),
             (60.0, self._delete_lease if self.chaos.deletes else self._trim),
             *([(30.0, self._trim)] if self.began_late else []),
+            *([(40.0, self._lose), (20.0, self._order)] if self.skips else []),
         ):
             self._now_and_then(mean_s, act)
         self.scheduler.run(self.quiet_at)
@@ -138,7 +153,7 @@ class World:
 
     def behind(self) -> list[int]:
         """Partitions whose lease stands before the log."""
-        if not (self.began_late and self.chaos.deletes):
+        if not (self.skips or (self.began_late and self.chaos.deletes)):
             return []
         leases = [lease for lease in self._leases() if lease is not None]
         return [lease.partition for lease in leases if lease.sequence_number < self.hub.bounds(lease.partition).first]
@@ -153,9 +168,7 @@ class World:
         balanced = False
         while not (balanced and self._archived()):
             self._pass_time(LEASE_S / 10)
-            for partition in self.behind():
-                self._delete_lease(partition)
-                self.note_trouble()
+            self._go_on()
             since_s = self.scheduler.now - self.troubled_until
             balanced = self._balanced()
             if not balanced and since_s > BALANCED_S:
@@ -172,7 +185,7 @@ class World:
 
     def judge(self) -> None:
         """Raises Violation unless the archive is the log, and its hours are all there."""
-        judge(self.hub, self.blobs, self.logged)
+        judge(self.hub, self.blobs, [self._kept(partition) for partition in self.partitions])
         hours = {blob.name for blob in self.blobs.list("_hours/")}
         if hours != {manifest_name(hour) for hour in self._hours()}:
             raise Violation(f"hours are missing, or too many: there are {sorted(hours)}, not {sorted(self._hours())}")
@@ -202,6 +215,67 @@ class World:
             before = self.random.choice(frames).next
             self.hub.trim(partition, before=str(before))
             del self.logged[partition][:before]
+            self.begins[partition] = before
+
+    def _kept(self, partition: int) -> list[Line]:
+        left_out, first = self.blobs.left_out(partition), self.begins[partition]
+        return [line for number, line in enumerate(self.logged[partition], first) if number not in left_out]
+
+    def _lose(self) -> None:
+        """What was not archived is deleted, as brokers do: behind a file, for what is gone before is no order's."""
+        lease = self.random.choice(self._leases())
+        if lease is None or not self.blobs.ends_file(lease.partition, lease.sequence_number):
+            return
+        frames = self.hub.read(lease.partition, str(self.hub.bounds(lease.partition).first), bytes_max=1 << 30).frames
+        before = self.random.choice([frame.next for frame in frames] or [0])
+        self.say("world", f"deletes the events of {lease.partition} before {before}")
+        self.hub.trim(lease.partition, before=str(before))
+
+    def _order(self) -> None:
+        """Somebody orders to skip."""
+        partition = self.random.choice(self.partitions)
+        bounds, to, forced = self.hub.bounds(partition), EARLIEST, self.random.random() < 0.7
+        if forced and self.random.random() < 0.8:
+            to = str(self.random.randint(bounds.first, bounds.next))
+            frames = self.hub.read(partition, str(bounds.first), bytes_max=1 << 30).frames
+            if frames and self.random.random() < 0.8:
+                to = str(self.random.choice(frames).next)
+        self.skip(partition, to, forced=forced)
+
+    def skip(self, partition: int, to: str, *, forced: bool) -> None:
+        self.orders += 1
+        order = Order(partition, to, "somebody said so", f"p{self.orders}", forced)
+        self.say("world", f"has it ordered: {order}")
+        self.blobs.order(partition, lambda: self.hub.bounds(partition).first if to == EARLIEST else int(to))
+        self.people.append(Person(self, order))
+
+    def gone(self, person: Person) -> None:
+        """It has done what it could, or died before."""
+        if not person.dead:
+            self.scheduler.kill(person)
+            self.people.remove(person)
+            self.note_trouble()
+
+    def _go_on(self) -> None:
+        """People see what stands still."""
+        for partition in self.behind():
+            if not self.skips:
+                self._delete_lease(partition)
+                self.note_trouble()
+            elif not self._is_ordered(partition):
+                self.skip(partition, EARLIEST, forced=False)
+        for lease in self._leases() if self.skips else ():
+            link = self.blobs.link(lease.partition, lease.sequence_number) if lease is not None else None
+            if isinstance(link, Gap) and link.reason.startswith(SKIPPED) and not self._is_ordered(link.partition):
+                self.skip(
+                    link.partition, link.offset_next, forced=True
+                )  # who ordered it did not come to move the lease
+        if self.orders > ORDERS_MAX:
+            raise Violation(f"orders to skip do not help: {self._table()}")
+
+    def _is_ordered(self, partition: int) -> bool:
+        self.note_trouble()
+        return any(person.order.partition == partition for person in self.people)
 
     def _delete_lease(self, partition: int | None = None) -> None:
         if partition is None:
@@ -284,7 +358,7 @@ class World:
         return done == ends and all(self.blobs.there(manifest_name(hour)) for hour in self._hours())
 
     def _hours(self) -> set[str]:
-        return {hour for lines in self.logged for hour, _ in lines}
+        return self.blobs.hours if self.skips else {hour for lines in self.logged for hour, _ in lines}
 
     def _table(self) -> str:
         leases = [f"{p}: {lease and lease.token} at {lease and lease.offset}" for p, lease in enumerate(self._leases())]
@@ -296,18 +370,33 @@ def simulate(seed: int, *, broken: Broken | None = None, trace: Callable[[str], 
     """Everything that this seed decides, to its end. Raises Violation."""
     world = World(seed, broken=broken, trace=trace)
     ids = itertools.count()
+    orders = itertools.count()
+    secrets = SimpleNamespace(token_hex=lambda _bytes: f"{ORDER}{next(orders)}")
     uuid = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex=f"id-{next(ids):029}"))
     with (
+        no_collection(),
         simulated_threads(world.scheduler, POLL_S=POLL_S, WAKE_S=LEASE_S),
         patch.object(archiver, "uuid", uuid),
         patch.object(begin, "uuid", uuid),
+        patch.object(skip, "secrets", secrets),
+        patch.object(check, "ThreadPoolExecutor", InPlace),
         breaking(broken),
     ):
         try:
             world.live()
             world.settle()
         finally:
-            for member in world.members:
-                world.scheduler.kill(member)
-    world.judge()
+            for process in (*world.members, *world.people):
+                world.scheduler.kill(process)
+        world.judge()
     return world
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """A world is full of cycles and is thrown away as a whole: looking for garbage in it on the way is a fifth of its time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
