@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import resource
 import subprocess
@@ -546,6 +547,40 @@ def test_positions_that_lie_before_the_end_of_the_log_store_nothing(reopen: Open
     with pytest.raises(HubBroken, match="restore"):
         hub.append([batch(2, {0: [b"{}"], 1: [b"{}"]})])
     assert hub.bounds(1).next == 0
+
+
+def test_what_was_read_stays_what_it_was_when_its_pages_are_used_again(reopen: Open) -> None:
+    hub = reopen(bytes_max=4 << 20)
+    for sequence in range(1, 11):
+        hub.append([batch(sequence, {0: incompressible(sequence, LENGTHS[sequence % 3])})])
+    read = hub.read(0, "0", bytes_max=1 << 20)
+    before = [bytes(encode(frame)) for frame in read.frames]
+    assert len(before) == 10
+    hub.trim(0, before=read.next_offset)
+    for sequence in range(11, 41):
+        hub.append([batch(sequence, {0: incompressible(sequence, 200)})])
+        hub.trim(0, before=str(hub.bounds(0).next))
+    assert [bytes(encode(frame)) for frame in read.frames] == before
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_reader_gets_the_neighbours_of_what_it_reads_from_the_disk(
+    reopen: Open, folder: Path, read_only: bool
+) -> None:
+    hub = reopen()
+    groups = tuple(Group(0, 1, random.Random(n).randbytes(200_000).replace(b"\n", b" ") + b"\n") for n in range(40))
+    hub.append([batch_of(1, groups)])
+    hub = reopen(read_only=read_only)
+    log = os.open(folder / "data.mdb", os.O_RDONLY)
+    os.posix_fadvise(log, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(log)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    assert len(hub.read(0, "0", bytes_max=16 << 20).frames) == 40
+    waits = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
+    if waits == 0:
+        pytest.skip("this file system keeps everything in memory")
+    pages = 40 * 200_000 // resource.getpagesize()
+    assert (waits < pages / 4) == read_only
 
 
 def resident_file_bytes() -> int:

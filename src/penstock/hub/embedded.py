@@ -113,7 +113,8 @@ class EmbeddedHub:
         self._writer = Writer(self._env, folder, clock, held)
         self.groups = Groups(self._env, self._databases, self._writer, clock)
         self._resident = Resident(folder / "data.mdb", bytes_max=RESIDENT_BYTES_MAX)
-        # LMDB lets go of the interpreter at each record: threads that read at once would spend their time on passing it on.
+        # LMDB lets go of the interpreter at each record and the checksum at each body: threads that read at once would spend their time on
+        # passing it on. So all of a read is one turn, and only what a reader does with its frames goes on beside it.
         self._turn = threading.Lock()
         self._expiry = Expiry(self._env, self._databases, self._writer, clock)
 
@@ -170,14 +171,13 @@ class EmbeddedHub:
     def read(self, partition: int, offset: str, *, bytes_max: int) -> Slice:
         start = self._number(offset)
         database = self._database(partition)
-        with self._turn, reading(self._env) as txn:
+        with self._turn, reading(self._env, views=True) as txn:
             end = self._positions(txn).next(partition)
             if start > end:
                 raise OffsetBeyondEnd(
                     f"Offset {start} of partition {partition} lies beyond the end of the log, {end}.", end=str(end)
                 )
-            found = list(records(txn.cursor(database), start, end, partition, bytes_max))
-        frames = decode_all(found, partition, start)
+            frames = decode_all(records(txn.cursor(database), start, end, partition, bytes_max), partition, start)
         self._resident.bound()
         reached = max((read.next for read in frames), default=start)
         return Slice(partition, offset, frames, str(max(reached, start)), str(end))

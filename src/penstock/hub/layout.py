@@ -55,6 +55,8 @@ def open_environment(folder: Path, bytes_max: int, *, read_only: bool) -> lmdb.E
     """With the settings that the promises stand on: full sync, no writemap. Once a process, after its fork.
 
     A reader takes the size that the hub has (0 for LMDB), not `bytes_max`: with a smaller map it could not read all of a larger hub.
+    It goes through the log from one end, and what the system's cache has no more comes from the disk with its neighbours, which are read
+    next; one page at a time is ten times as slow. Writers look for single producers, anywhere, and their log's end is in the cache.
     """
     try:
         return lmdb.open(
@@ -64,7 +66,7 @@ def open_environment(folder: Path, bytes_max: int, *, read_only: bool) -> lmdb.E
             max_readers=4096,
             readonly=read_only,
             create=not read_only,
-            readahead=False,
+            readahead=read_only,
             writemap=False,
             metasync=True,
             sync=True,

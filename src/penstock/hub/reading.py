@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lmdb
 
@@ -15,6 +16,9 @@ from penstock.errors import FrameDamaged, HubBroken, HubError, OffsetTrimmed
 from penstock.events import Frame
 from penstock.hub.layout import EVENTS, KEY, MARKER
 from penstock.wire import frame
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _TIME = struct.Struct("<q")
 _TIME_AT = 24
@@ -24,10 +28,10 @@ _MADV_DONTNEED = 4
 
 
 @contextlib.contextmanager
-def reading(env: lmdb.Environment) -> Iterator[lmdb.Transaction]:
-    """A read transaction, in which foreign errors become ours."""
+def reading(env: lmdb.Environment, *, views: bool = False) -> Iterator[lmdb.Transaction]:
+    """A read transaction, in which foreign errors become ours. With `views`, what it gives is the map itself, and ends with it."""
     try:
-        with env.begin() as txn:
+        with env.begin(buffers=views) as txn:
             yield txn
     except lmdb.MapResizedError as error:
         raise HubBroken(
@@ -54,7 +58,9 @@ def is_open(cursor: lmdb.Cursor) -> bool:
     return bool(cursor.last() and KEY.unpack(cursor.key())[1] == EVENTS)
 
 
-def records(cursor: lmdb.Cursor, start: int, end: int, partition: int, bytes_max: int) -> Iterator[tuple[bytes, bytes]]:
+def records(
+    cursor: lmdb.Cursor, start: int, end: int, partition: int, bytes_max: int
+) -> Iterator[tuple[Buffer, bytes | memoryview]]:
     """Keys and frames from the one that holds `start` on, at least one if there is any. Raises OffsetTrimmed."""
     found = cursor.set_range(KEY.pack(start, MARKER))
     if start < end and (not found or extent(cursor)[0] > start):
@@ -76,7 +82,7 @@ def records(cursor: lmdb.Cursor, start: int, end: int, partition: int, bytes_max
         found = cursor.next()
 
 
-def decode_all(found: Iterable[tuple[bytes, bytes]], partition: int, start: int) -> list[Frame]:
+def decode_all(found: Iterable[tuple[Buffer, bytes | memoryview]], partition: int, start: int) -> list[Frame]:
     """The frames of `records`, each the continuation of the one before: never less than there was.
 
     Ends before a damaged one, and raises FrameDamaged when that is the first that is new to a reader at `start`.

@@ -49,7 +49,7 @@ def member_crc(zipped: bytes) -> int:
     return crc
 
 
-def crc32(data: bytes, start: int = 0) -> int:
+def crc32(data: bytes | memoryview, start: int = 0) -> int:
     """CRC-32 of gzip and zlib."""
     crc: int = isal_zlib.crc32(data, start)
     return crc
@@ -124,8 +124,8 @@ def encode(frame: Frame) -> bytes:
     )
 
 
-def decode(data: bytes, *, where: str = "") -> Frame:
-    """The frame that these bytes are. Raises FrameDamaged unless every length and checksum is right."""
+def decode(data: bytes | memoryview, *, where: str = "") -> Frame:
+    """The frame that these bytes are, copied out of them. Raises FrameDamaged unless every length and checksum is right."""
     if len(data) < HEADER_BYTES:
         raise _damaged(where, f"{len(data)} bytes, a header has {HEADER_BYTES}")
     magic, version, kind, header_bytes = _HEAD.unpack_from(data)
@@ -135,11 +135,11 @@ def decode(data: bytes, *, where: str = "") -> Frame:
         raise _damaged(where, f"its format is version {version}, this program knows {VERSION}")
     if not HEADER_BYTES <= header_bytes <= len(data):
         raise _damaged(where, "its header does not fit")
-    rest = data[_HEAD.size + _CRC.size : header_bytes]
+    rest = bytes(data[_HEAD.size + _CRC.size : header_bytes])
     if crc32(rest, crc32(data[: _HEAD.size])) != _CRC.unpack_from(data, _HEAD.size)[0]:
         raise _damaged(where, "the CRC of its header is wrong")
     partition, source_count, first, at_ms, count, raw_bytes, body_bytes, content_crc, body_crc = _REST.unpack_from(rest)
-    body = data[header_bytes:]
+    body = bytes(data[header_bytes:])
     if len(body) != body_bytes or crc32(body) != body_crc:
         raise _damaged(where, "the CRC or length of its body is wrong")
     if kind >= len(_KINDS):
