@@ -61,6 +61,10 @@ class _Running(msgspec.Struct):
     parts: list[Part]
 
 
+class _Cut(msgspec.Struct):
+    next: list[str]
+
+
 class Status(_Running):
     """And of an embedded hub."""
 
@@ -112,6 +116,11 @@ class System:
 
     def status(self) -> Status:
         return msgspec.json.decode(self._status(), type=Status)
+
+    def cut(self) -> list[int]:
+        """End all open hour files here; the sequence numbers behind their last events."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._admin}/v1/cut", data=b"", timeout=30) as answer:
+            return [int(offset) for offset in msgspec.json.decode(answer.read(), type=_Cut).next]
 
     def command(self, *words: str) -> int:
         """Exit code of a command about this installation; what it says goes to our standard error if it is not 0."""
