@@ -684,8 +684,5 @@ def test_connections_that_the_kernel_has_queued_are_answered(serve):
 def test_control_without_accepting_them_they_are_reset(serve, monkeypatch):
     from penstock.server.listener import Server
 
-    async def close(server: Server, listening: socket.socket) -> None:
-        listening.close()
-
-    monkeypatch.setattr(Server, "_accept_queued", close)
+    monkeypatch.setattr(Server, "_accept", lambda *_: None)
     assert 0 in drain_with_a_queue(serve())

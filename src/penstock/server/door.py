@@ -19,7 +19,7 @@ from penstock.server.parser import Limits
 from penstock.server.tls import Certificates
 
 _HANDSHAKE_S_MAX = 10.0
-_AT_ONCE = 64
+AT_ONCE = 64
 _BACKLOG = 4096
 _NO_DESCRIPTOR_S = 1.0
 
@@ -89,7 +89,7 @@ class Door:
         return self._shaking.pop(connection, None)
 
     def _open(self) -> None:
-        self._loop.add_reader(self._listening, self._accept, _AT_ONCE)
+        self._loop.add_reader(self._listening, self._accept, AT_ONCE)
 
     def _accept(self, at_most: int) -> None:
         for _ in range(at_most):
