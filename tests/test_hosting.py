@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from penstock import CloseReason, EventProcessorHost, Events
+from penstock.archive.ledger import claim
 from penstock.clock import SystemClock
 from penstock.errors import SettingsError, WrongHub
 from penstock.events import Batch, Event, Group
+from penstock.hub import WholeHub
 from penstock.hub.embedded import EmbeddedHub, create
 from penstock.hub.remote import RemoteHub
 from penstock.processor import host as processor_host
@@ -26,35 +29,70 @@ from penstock.processor.lease import Lease, decode_lease, lease_name
 from penstock.testing import MemoryBlobs, MemoryHub, MemoryLog
 from penstock.wire.frame import content
 from tests.hub.served import served
+from tests.kafka_broker import Brokers, made_topic
 from tests.processor.conftest import until
 
 PARTITIONS = 2
 
 
 class Bench:
-    """A hub in a data folder, its API, and hosts on either."""
+    """A hub in a data folder and its API, or one in a Kafka topic and the archive's store; and hosts on either.
+
+    `end` is the sequence number at which each partition goes on.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.data = folder / "data"
         self.leases = folder / "leases"
         self.log = MemoryLog()
         self.url = ""
+        self.end = 0
+        self.bits = 0
+        self._archive: MemoryBlobs | None = None
         self._sent = 0
         options: Any = {"bytes_max": 64 << 20, "clock": SystemClock()}
         create(self.data / "hub", partitions=PARTITIONS, period_s=3600, **options)
         self.open = functools.partial(EmbeddedHub, self.data / "hub", **options)
 
-    def fill(self, hub: EmbeddedHub, count: int, properties: bytes = b"") -> None:
-        """Each partition gets `count` events more, as one frame."""
+    @contextlib.contextmanager
+    def opened(self, where: str, kafka: Callable[[], Brokers]) -> Iterator[WholeHub]:
+        """The hub, while hosts may read it at `url` (`http`, `topic`) or cannot yet (`data`)."""
+        if where == "topic":
+            from penstock.hub.kafka import KafkaHub
+
+            cluster, topic = (
+                (kafka().client, self.url.rpartition("/")[2]) if self.url else made_topic(kafka(), PARTITIONS)
+            )
+            self.url = f"kafka://{cluster.servers}/{topic}"
+            with KafkaHub(cluster, topic, period_s=3600, clock=SystemClock()) as far:
+                self.bits = far.place_bits
+                if self._archive is None:
+                    self._archive = MemoryBlobs()
+                    claim(self._archive, far, SystemClock())
+                yield far
+            return
+        with self.open() as near:
+            if where == "data":
+                yield near
+                return
+            with served(near, near.groups) as self.url:
+                yield near
+
+    def fill(self, hub: WholeHub, count: int, properties: bytes = b"") -> list[int]:
+        """Each partition gets `count` events more, as one frame: their sequence numbers."""
         self._sent += 1
+        numbers = list(range(self.end, self.end + count))
+        self.end += 1 << self.bits if self.bits else count
         groups = []
         for partition in range(PARTITIONS):
             text = b"".join(b'{"deviceId":"d-%d","n":%d}\n' % (partition, n) for n in range(count))
             groups.append(Group(partition, count, text))
         hub.append([Batch("p", 1, self._sent, PARTITIONS * count, tuple(groups), properties=properties)])
+        return numbers
 
     def host(self, hub: str | Path | None = None, **options: Any) -> EventProcessorHost:
         given: dict[str, Any] = {"store": self.leases, "group": "g", "name": "one", "lease_s": 1.0, "log": self.log}
+        given["archive"] = self._archive
         return EventProcessorHost(self.url if hub is None else hub, **given | options)
 
     def lease(self, partition: int, group: str = "g") -> Lease:
@@ -72,6 +110,13 @@ def hub(bench: Bench) -> Iterator[EmbeddedHub]:
     with bench.open() as near, served(near, near.groups) as url:
         bench.url = url
         yield near
+
+
+@pytest.fixture(params=["http", "topic"])
+def either(request: pytest.FixtureRequest, bench: Bench) -> Iterator[WholeHub]:
+    """The hub of an API, and one in a Kafka topic: for what holds on both."""
+    with bench.opened(request.param, functools.partial(request.getfixturevalue, "kafka")) as hub:
+        yield hub
 
 
 @pytest.fixture
@@ -92,8 +137,8 @@ class Notes:
         return events.next_offset
 
 
-def test_a_function_is_given_every_event(bench: Bench, hub: EmbeddedHub) -> None:
-    bench.fill(hub, 3, b'{"site":"A"}')
+def test_a_function_is_given_every_event(bench: Bench, either: WholeHub) -> None:
+    numbers = bench.fill(either, 3, b'{"site":"A"}')
     before = datetime.now(UTC) - timedelta(seconds=1)
     seen: list[tuple[int, Event]] = []
     offsets: list[tuple[str, str, str]] = []
@@ -107,30 +152,37 @@ def test_a_function_is_given_every_event(bench: Bench, hub: EmbeddedHub) -> None
     with bench.host() as host:
         host.start(take)
         until(lambda: len(seen) == 6)
-        until(lambda: [state.checkpoint for state in host.state()] == [3, 3])
-        assert [(state.partition, state.epoch, state.parked, state.failures) for state in host.state()] == [
-            (0, 1, None, 0),
-            (1, 1, None, 0),
-        ]
+        until(lambda: [state.checkpoint for state in host.state()] == [bench.end, bench.end])
+        states = [(state.partition, state.epoch, state.parked, state.failures) for state in host.state()]
+        assert states == [(0, 1, None, 0), (1, 1, None, 0)]
+    times = {partition: event.enqueued_at_ms for partition, event in seen}
     assert sorted(seen, key=lambda one: (one[0], one[1].sequence_number)) == [
         (
             p,
             Event(
-                f"d-{p}", b'{"deviceId":"d-%d","n":%d}' % (p, n), n, str(n), seen[0][1].enqueued_at_ms, b'{"site":"A"}'
+                f"d-{p}",
+                b'{"deviceId":"d-%d","n":%d}' % (p, n),
+                number,
+                str(number >> bench.bits),
+                times[p],
+                b'{"site":"A"}',
             ),
         )
         for p in range(PARTITIONS)
-        for n in range(3)
+        for n, number in enumerate(numbers)
     ]
-    assert offsets == [("0", "3", "3")] * 2
+    end = str(bench.end >> bench.bits)
+    assert offsets == [("0", end, end)] * 2
     at = seen[0][1].enqueued_at
     assert before < at < datetime.now(UTC) + timedelta(seconds=1)
     assert round(at.timestamp() * 1000) == seen[0][1].enqueued_at_ms
-    assert [(lease.owner, lease.sequence_number) for lease in map(bench.lease, range(2))] == [("", 3)] * 2
+    assert [(lease.owner, lease.sequence_number) for lease in map(bench.lease, range(2))] == [("", bench.end)] * 2
 
 
-@pytest.mark.parametrize("over_http", [True, False])
-def test_a_class_is_made_for_each_partition_and_goes_on_at_the_checkpoint(bench: Bench, over_http: bool) -> None:
+@pytest.mark.parametrize("where", ["http", "data", "topic"])
+def test_a_class_is_made_for_each_partition_and_goes_on_at_the_checkpoint(
+    bench: Bench, where: str, request: pytest.FixtureRequest
+) -> None:
     made: list[int] = []
     reasons: list[CloseReason] = []
     seen: list[tuple[int, Event]] = []
@@ -143,19 +195,20 @@ def test_a_class_is_made_for_each_partition_and_goes_on_at_the_checkpoint(bench:
         def close(self, reason: CloseReason) -> None:
             reasons.append(reason)
 
+    numbers: list[int] = []
     for round_ in (1, 2):
-        with bench.open() as hub:
-            bench.fill(hub, 5)
-            if over_http:
-                with served(hub, hub.groups) as url, bench.host(url) as host:
+        with bench.opened(where, functools.partial(request.getfixturevalue, "kafka")) as hub:
+            numbers += bench.fill(hub, 5)
+            if where != "data":
+                with bench.host() as host:
                     host.start(Noting)
                     until(lambda: len(seen) == round_ * 10)  # noqa: B023
-        if not over_http:
+        if where == "data":
             with bench.host(bench.data) as host:
                 host.start(Noting)
                 until(lambda: len(seen) == round_ * 10)  # noqa: B023
     assert (sorted(made), reasons) == ([0, 0, 1, 1], [CloseReason.SHUTDOWN] * 4)
-    assert sorted((p, event.sequence_number) for p, event in seen) == [(p, n) for p in (0, 1) for n in range(10)]
+    assert sorted((p, event.sequence_number) for p, event in seen) == [(p, n) for p in (0, 1) for n in numbers]
 
 
 def test_a_partial_of_a_class_is_one(bench: Bench, hub: EmbeddedHub) -> None:
@@ -166,7 +219,8 @@ def test_a_partial_of_a_class_is_one(bench: Bench, hub: EmbeddedHub) -> None:
         until(lambda: len(seen) == 10)
 
 
-def test_two_hosts_share_the_partitions(bench: Bench, hub: EmbeddedHub) -> None:
+@pytest.mark.usefixtures("either")
+def test_two_hosts_share_the_partitions(bench: Bench) -> None:
     with bench.host(name="a") as first:
         first.start(lambda events: events.next_offset)
         until(lambda: len(first.state()) == 2)
@@ -215,22 +269,22 @@ def test_a_group_holds_the_log_before_it_has_read_anything(
         hold.set()
 
 
-def test_a_group_may_begin_with_what_is_to_come(bench: Bench, hub: EmbeddedHub) -> None:
-    bench.fill(hub, 5)
+def test_a_group_may_begin_with_what_is_to_come(bench: Bench, either: WholeHub) -> None:
+    bench.fill(either, 5)
     seen: list[tuple[int, Event]] = []
     with bench.host(begin="end") as host:
         host.start(functools.partial(Notes, into=seen))
         until(lambda: len(host.state()) == 2)
-        bench.fill(hub, 2)
+        numbers = bench.fill(either, 2)
         until(lambda: len(seen) == 4)
-    assert {event.sequence_number for _, event in seen} == {5, 6}
+    assert sorted(event.sequence_number for _, event in seen) == sorted(numbers * 2)
 
 
 @pytest.mark.usefixtures("quick")
 def test_code_that_fails_is_tried_again_at_the_checkpoint_and_then_parked_by_name(
-    bench: Bench, hub: EmbeddedHub
+    bench: Bench, either: WholeHub
 ) -> None:
-    bench.fill(hub, 5)
+    bench.fill(either, 5)
     tries: list[int] = []
 
     def fail(events: Events) -> str:
@@ -242,8 +296,8 @@ def test_code_that_fails_is_tried_again_at_the_checkpoint_and_then_parked_by_nam
     with bench.host() as host:
         host.start(fail)
         until(lambda: any(state.parked for state in host.state()))
-        bench.fill(hub, 5)
-        until(lambda: host.state()[0].checkpoint == 10)
+        bench.fill(either, 5)
+        until(lambda: host.state()[0].checkpoint == bench.end)
         good, bad = host.state()
         assert (good.parked, good.failures, good.last_failure) == (None, 0, None)
         assert (bad.parked, bad.failures, bad.last_failure, bad.checkpoint) == (
@@ -343,10 +397,13 @@ def test_a_newer_epoch_ends_the_reading_of_a_partition(bench: Bench, hub: Embedd
     assert reasons == [CloseReason.LEASE_LOST, CloseReason.SHUTDOWN]
 
 
-def test_a_processor_that_does_not_end_keeps_the_hub_open(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The map of the data folder must not be taken from under a read that is still to come."""
+@pytest.mark.parametrize("where", ["data", "topic"])
+def test_a_processor_that_does_not_end_keeps_the_hub_open(
+    bench: Bench, where: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The map of the data folder, or the clients of the brokers, must not be taken from under a read that is still to come."""
     monkeypatch.setattr(processor_host, "STOP_S_MAX", 0.01)
-    with bench.open() as hub:
+    with bench.opened(where, functools.partial(request.getfixturevalue, "kafka")) as hub:
         bench.fill(hub, 5)
     hold, began, after = threading.Event(), threading.Event(), threading.Event()
 
@@ -356,7 +413,7 @@ def test_a_processor_that_does_not_end_keeps_the_hub_open(bench: Bench, monkeypa
         after.set()
         return events.next_offset
 
-    host = bench.host(bench.data)
+    host = bench.host(bench.data if where == "data" else None)
     host.start(slow)
     assert began.wait(20)
     host.stop()

@@ -21,17 +21,17 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, cast
+from typing import Final, Literal, NamedTuple, Self, cast
 
 import msgspec
 
 from penstock.access import Access
 from penstock.archive.fresh import Counts, Fresh
-from penstock.archive.topic import address, is_topic, topic_of
+from penstock.archive.topic import is_topic, let_in, reached, topic_of
 from penstock.blobs import BlobStore
 from penstock.blobs.connection import connect, is_url
 from penstock.blobs.disk import DiskBlobs
@@ -41,6 +41,7 @@ from penstock.errors import SettingsError
 from penstock.events import Slice
 from penstock.files import Files
 from penstock.hub import Hub
+from penstock.hub.kafka_security import Security, as_argument
 from penstock.hub.remote import RemoteHub
 from penstock.processor import host as processor_host
 from penstock.processor.lease import Start
@@ -50,6 +51,35 @@ from penstock.telemetry.log import open_log
 
 LEASE_S_LEAST = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+_DEFAULTS: Final = {"kafka-security": Security.protocol, "kafka-mechanism": Security.mechanism}
+
+
+class _Topic(NamedTuple):
+    """A Kafka topic as the hub, and what opens its brokers."""
+
+    servers: str
+    name: str
+    security: Security
+
+
+class _Arguments:
+    """What a program gives, by the names of settings: an argument, or else the environment variable that commands have too."""
+
+    def __init__(self, given: Mapping[str, str | None]) -> None:
+        self._given = given
+
+    def text(self, name: str) -> str:
+        return self._given.get(name) or self._in_environment(name) or _DEFAULTS.get(name, "")
+
+    def source(self, name: str) -> str:
+        if self._given.get(name):
+            return "flag"
+        return "environment" if self._in_environment(name) else "default"
+
+    def _in_environment(self, name: str) -> str:
+        return os.environ.get("PENSTOCK_" + name.upper().replace("-", "_"), "")
 
 
 class PartitionState(msgspec.Struct, frozen=True):
@@ -76,12 +106,13 @@ class EventProcessorHost:
     """One host of a consumer group. Hosts of one group share its partitions through leases in `store`, each partition read by one.
 
     `hub` is the address of an API or a connection string, a Kafka topic (`kafka://HOST:PORT/TOPIC`), or a data folder of this machine.
-    `key`, `ca` and `certificate` are for an API, as in Client. `store` is where the group's leases and checkpoints lie, the same
-    for all its hosts; with a data folder it may be left out and is the installation's own. `archive`, for a topic, is the store of its
-    APIs, where that is another. Tests hand in hub and store ready-made (penstock.testing). `name` must be the host's own (default:
-    machine and random digits). A partition without a lease begins at the oldest event that is kept, or, with `begin="end"`, with the
-    events to come. A lease that a host did not renew for `lease_s` is taken
-    over. `log` takes what structlog's loggers take; default: lines on standard error. Raises SettingsError.
+    `key`, `ca` and `certificate` are for an API, as in Client; `kafka_…`, `ca` and `certificate` are for brokers, by the names of the
+    settings of `penstock host` (docs/kafka.md). What is not given comes from the same environment variables. `store` is where the group's
+    leases and checkpoints lie, the same for all its hosts; with a data folder it may be left out and is the installation's own.
+    `archive`, for a topic, is the store of its APIs, where that is another. Tests hand in hub and store ready-made (penstock.testing).
+    `name` must be the host's own (default: machine and random digits). A partition without a lease begins at the oldest event that is
+    kept, or, with `begin="end"`, with the events to come. A lease that a host did not renew for `lease_s` is taken over. `log` takes what
+    structlog's loggers take; default: lines on standard error. Raises SettingsError.
     """
 
     def __init__(
@@ -95,31 +126,29 @@ class EventProcessorHost:
         ca: str | None = None,
         certificate: str | None = None,
         certificate_key: str | None = None,
+        kafka_security: str | None = None,
+        kafka_mechanism: str | None = None,
+        kafka_user: str | None = None,
+        kafka_password: str | None = None,
+        kafka_password_file: str | None = None,
         name: str | None = None,
         begin: Literal["start", "end"] = "start",
         lease_s: float = 30.0,
         log: Log | None = None,
     ) -> None:
         self.name = name or unique_name()
-        for what, text in (("group", group), ("host", self.name)):
-            if not _NAME.fullmatch(text):
-                raise SettingsError(f"The name of a {what} is at most 64 of A-Z a-z 0-9 . _ -, not {text!r}.")
-        if begin not in ("start", "end"):
-            raise SettingsError(f'begin is "start" or "end", not {begin!r}.')
-        if not lease_s >= LEASE_S_LEAST:
-            raise SettingsError(f"lease_s is at least {LEASE_S_LEAST:g} s, not {lease_s!r}.")
+        _check(group, self.name, begin, lease_s)
         if store is None and isinstance(hub, str | Path) and "://" not in str(hub):
             store = Path(hub) / "store"
         if store is None:
             raise SettingsError(f"Where the leases of group {group} lie must be said: `store` is missing.")
-        self._hub: str | Path | Hub | Access = hub
+        given = {"key": key, "ca": ca, "certificate": certificate, "certificate-key": certificate_key}
+        given |= {"kafka-security": kafka_security, "kafka-mechanism": kafka_mechanism, "kafka-user": kafka_user}
+        given |= {"kafka-password": kafka_password, "kafka-password-file": kafka_password_file}
+        self._hub = _reached(hub, given) if isinstance(hub, str) else hub
         self._store = open_store(store) if isinstance(store, str | Path) else store
         self._archive_name = str(archive or store)
         self._archive = open_store(archive) if isinstance(archive, str | Path) else archive or self._store
-        if isinstance(hub, str) and _over_http(hub):
-            self._hub = Access.from_environment(
-                hub, key=key, ca=ca, certificate=certificate, certificate_key=certificate_key
-            )
         self._store_name = str(store)
         self._clock = SystemClock()
         self._group = group
@@ -232,19 +261,16 @@ class EventProcessorHost:
         if isinstance(self._hub, Access):
             with RemoteHub(self._hub) as remote:
                 yield remote
-        elif not isinstance(self._hub, str | Path):
-            yield self._hub
-        elif is_topic(str(self._hub)):
-            at = address(str(self._hub))
-            from penstock.hub.kafka_cluster import Cluster
-
-            name, cluster = self._archive_name, Cluster(at.servers)
-            with topic_of(self._archive, cluster, at.topic, store_name=name, clock=self._clock) as topic:
+        elif isinstance(self._hub, _Topic):
+            cluster, name = let_in(self._hub.servers, self._hub.security), self._archive_name
+            with topic_of(self._archive, cluster, self._hub.name, store_name=name, clock=self._clock) as topic:
                 yield topic
+        elif not isinstance(self._hub, Path):
+            yield self._hub
         else:
             from penstock.hub.embedded import EmbeddedHub  # hosts of other machines need no LMDB
 
-            data = Path(self._hub)
+            data = self._hub
             if not (data / "hub" / "data.mdb").exists():
                 raise SettingsError(f"There is no hub in {data}: start one with `penstock up --data {data}`.")
             with EmbeddedHub(data / "hub", bytes_max=0, clock=self._clock, read_only=True) as embedded:
@@ -268,8 +294,26 @@ class EventProcessorHost:
         self._failures[partition] = (count + 1, f"{type(error).__name__}: {error}")
 
 
-def _over_http(hub: str) -> bool:
-    return "://" in hub and not is_topic(hub)
+def _check(group: str, name: str, begin: str, lease_s: float) -> None:
+    """Raises SettingsError."""
+    for what, text in (("group", group), ("host", name)):
+        if not _NAME.fullmatch(text):
+            raise SettingsError(f"The name of a {what} is at most 64 of A-Z a-z 0-9 . _ -, not {text!r}.")
+    if begin not in ("start", "end"):
+        raise SettingsError(f'begin is "start" or "end", not {begin!r}.')
+    if not lease_s >= LEASE_S_LEAST:
+        raise SettingsError(f"lease_s is at least {LEASE_S_LEAST:g} s, not {lease_s!r}.")
+
+
+def _reached(hub: str, given: Mapping[str, str | None]) -> Path | Access | _Topic:
+    """A hub by its address, with what opens it of `given`: by the names of settings. Raises SettingsError."""
+    if is_topic(hub):
+        at, security = reached(hub, _Arguments(given), as_argument)
+        return _Topic(at.servers, at.topic, security)
+    if "://" not in hub:
+        return Path(hub)
+    key, ca, certificate, certificate_key = (given[name] for name in ("key", "ca", "certificate", "certificate-key"))
+    return Access.from_environment(hub, key=key, ca=ca, certificate=certificate, certificate_key=certificate_key)
 
 
 def unique_name() -> str:

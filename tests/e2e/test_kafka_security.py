@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from penstock import EventProcessorHost, Events
+from penstock.errors import SettingsError
+from penstock.testing import MemoryLog
 from tests.e2e.http_client import Answer, request
 from tests.e2e.system import System, wait_for
 from tests.kafka_broker import Brokers, made_topic
@@ -104,6 +109,47 @@ def test_commands_end_within_seconds_and_say_why(
     refused("api", doors.sasl, *guest, because="do not let the user guest see the topic t")
 
 
+@contextlib.contextmanager
+def reading(hub: str, **given: Any) -> Iterator[list[bytes]]:
+    """What a processor of a program is given there, while its host runs."""
+    seen: list[bytes] = []
+
+    def take(events: Events) -> str:
+        seen.extend(event.body for event in events)
+        return events.next_offset
+
+    with EventProcessorHost(hub, name="one", lease_s=1.0, **given) as host:
+        host.start(take)
+        yield seen
+
+
+def test_processors_come_in_with_the_same_settings(
+    make_system: Make, kafka: Brokers, doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As arguments, in the environment, or some of both; an argument counts more, and a password is shown to nobody."""
+    topic, store, log = kafka.fresh_topic(), tmp_path / "store", MemoryLog()
+    places = ("--hub", f"kafka://{kafka.servers}/{topic}", "--store", str(store), *ONE_COPY)
+    api = make_system(command="api", partitions=1, workers=1, options=places).start()
+    assert post(api, 1).status == 200
+
+    def seen(door: str, group: str, **given: str) -> None:
+        with reading(f"kafka://{door}/{topic}", group=group, store=store, log=log, **given) as bodies:
+            wait_for(f"{group} has the event", lambda: len(bodies) == 1)
+
+    seen(doors.tls, "certificate", kafka_security="ssl", ca=doors.ca, certificate=doors.client)
+    (tmp_path / "wrong").write_text("s3cret")
+    for name, text in {"SECURITY": "sasl_ssl", "USER": OWNER, "PASSWORD_FILE": str(tmp_path / "wrong")}.items():
+        monkeypatch.setenv(f"PENSTOCK_KAFKA_{name}", text)
+    monkeypatch.setenv("PENSTOCK_CA", doors.ca)
+    with pytest.raises(SettingsError, match=r"refuse the user owner .*See to kafka_user, the password") as refused:
+        seen(doors.both, "nobody")
+    seen(doors.both, "password", kafka_password=PASSWORD)
+    sasl = {"kafka_security": "sasl_plaintext", "kafka_mechanism": "SCRAM-SHA-512", "kafka_password": PASSWORD}
+    seen(doors.sasl, "scram", **sasl)
+    assert not any(secret in refused.value.detail + repr(log.lines) for secret in (PASSWORD, "s3cret"))
+    assert api.stop() == 0
+
+
 def test_a_producer_belongs_to_the_name_of_its_key(make_system: Make, kafka: Brokers, tmp_path: Path) -> None:
     """Somebody with a key of his own sends under another's producer id and a higher epoch: it fences nobody, and copies stay copies."""
     store = tmp_path / "store"
@@ -152,6 +198,9 @@ def test_an_event_hub_by_its_connection_string(make_system: Make, kafka: Brokers
     assert post(system, 1).status == 200
     wait_for("it is archived", lambda: sum(hour["events"] for hour in _hours(store)) == 1)
     assert json.loads(system.get("/v1/status")[1])["ok"]
+    given = {"kafka_password": doors.connection_string(), "ca": doors.ca}
+    with reading(f"kafka:///{topic}", group="g", store=store, log=MemoryLog(), **given) as bodies:
+        wait_for("a processor has it too", lambda: len(bodies) == 1)
     host.signal(signal.SIGTERM)
     assert (host.wait(), system.stop()) == (0, 0)
     assert "SharedAccessKey=" not in system.up.text() + host.text()

@@ -14,7 +14,9 @@ from penstock.wire.frame import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
     from penstock.hub.kafka import KafkaHub
+    from penstock.hub.kafka_access import Given
     from penstock.hub.kafka_cluster import Address, Cluster
+    from penstock.hub.kafka_security import Called, Security
 
 SCHEME = "kafka://"
 
@@ -26,13 +28,35 @@ def is_topic(url: str) -> bool:
 
 def address(url: str) -> Address:
     """Raises SettingsError, also where the package is missing that speaks to brokers."""
-    try:
+    with _package_of(url):
         from penstock.hub.kafka_cluster import parse_url
+    return parse_url(url)
+
+
+def reached(url: str, given: Given, called: Called) -> tuple[Address, Security]:
+    """As kafka_access has it. Raises SettingsError, also where the package is missing."""
+    with _package_of(url):
+        from penstock.hub import kafka_access
+    return kafka_access.reached(url, given, called)
+
+
+@contextlib.contextmanager
+def _package_of(url: str) -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"{url} needs the package {error.name}: install it with `pip install 'penstock[kafka]'`."
         ) from error
-    return parse_url(url)
+
+
+def let_in(servers: str, security: Security | None) -> Cluster:
+    """The brokers, which let this process in. Raises SettingsError, HubUnavailable."""
+    from penstock.hub.kafka_cluster import Cluster
+
+    cluster = Cluster(servers, security)
+    cluster.check()
+    return cluster
 
 
 @contextlib.contextmanager

@@ -14,13 +14,14 @@ import click
 from penstock.archive.begin import join
 from penstock.archive.hours import refuse_older
 from penstock.archive.ledger import claim
-from penstock.archive.topic import address, is_topic, topic_of
+from penstock.archive.topic import address, is_topic, let_in, reached, topic_of
 from penstock.blobs import BlobStore
 from penstock.blobs.probe import probe
 from penstock.cli.options import beats
 from penstock.cli.serving import Serving
 from penstock.clock import Clock, SystemClock
 from penstock.errors import SettingsError
+from penstock.hub.kafka_security import as_flag
 from penstock.server.topic import NoGroups, build_topic_status, mark
 from penstock.settings import Values
 from penstock.telemetry.log import Log
@@ -29,16 +30,6 @@ from penstock.wire.frame import FRAME_BYTES_MAX
 if TYPE_CHECKING:
     from penstock.cli.wiring import Layout
     from penstock.hub.kafka import KafkaHub
-    from penstock.hub.kafka_cluster import Cluster
-
-
-def _cluster(where: Layout) -> Cluster:
-    """The brokers of the topic, which let this process in. Raises SettingsError, HubUnavailable."""
-    from penstock.hub.kafka_cluster import Cluster
-
-    cluster = Cluster(address(where.topic).servers, where.security)
-    cluster.check()
-    return cluster
 
 
 def placed(where: Layout, values: Values) -> Layout:
@@ -70,14 +61,7 @@ def asked(where: Layout, values: Values, *others: str) -> Layout:
 def _in_topic(where: Layout, values: Values) -> Layout:
     if values.source("store") == "default":
         raise SettingsError("With --hub the store must be named: --store, the same for all APIs and hosts of this hub.")
-    url = values.text("hub")
-    try:
-        from penstock.cli.brokers import reached
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"--hub {url} needs the package {error.name}: install it with `pip install 'penstock[kafka]'`."
-        ) from error
-    at, security = reached(url, values)
+    at, security = reached(values.text("hub"), values, as_flag)
     return where._replace(topic=str(at), security=security)
 
 
@@ -88,7 +72,7 @@ def prepare(where: Layout, values: Values, store: BlobStore) -> int:
 
     probe(store, name=where.store_name)
     at, period_s = address(where.topic), int(values.seconds("period"))
-    cluster = _cluster(where)
+    cluster = let_in(at.servers, where.security)
     retention_s, partitions = values.seconds("retention"), values.count("partitions")
     if cluster.is_event_hubs:
         given = partitions if values.source("partitions") != "default" else None
@@ -115,7 +99,8 @@ def opened(
     """The hub of a store that an API has made. Raises SettingsError, HubUnavailable."""
     at = address(where.topic)
     name, most = where.store_name, frame_bytes_max
-    with topic_of(store, _cluster(where), at.topic, store_name=name, clock=clock, frame_bytes_max=most) as hub:
+    cluster = let_in(at.servers, where.security)
+    with topic_of(store, cluster, at.topic, store_name=name, clock=clock, frame_bytes_max=most) as hub:
         yield hub
 
 

@@ -7,6 +7,7 @@ port 9093, and wants of its clients what `_EVENT_HUBS` says (https://learn.micro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -14,6 +15,7 @@ from penstock.access import connection_string_fields
 from penstock.errors import SettingsError
 
 PROTOCOLS: Final = ("plaintext", "ssl", "sasl_plaintext", "sasl_ssl")
+MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 EVENT_HUBS_USER: Final = "$ConnectionString"
 EVENT_HUBS_PORT: Final = 9093
 _EVENT_HUBS: Final = {
@@ -24,12 +26,24 @@ _EVENT_HUBS: Final = {
 }
 
 Option = str | int | float | bool
+Called = Callable[[str], str]
+
+
+def as_flag(setting: str) -> str:
+    """What those who give commands call a setting."""
+    return "PENSTOCK_KAFKA_PASSWORD" if setting == "kafka-password" else f"--{setting}"
+
+
+def as_argument(setting: str) -> str:
+    """What those who write programs call it."""
+    return setting.replace("-", "_")
 
 
 @dataclass(frozen=True)
 class Security:
     """`protocol` is one of PROTOCOLS. The files are PEM; without `ca` the system's authorities are trusted, without `certificate_key`
-    the key is in the same file. `event_hubs`: the brokers are Azure's, which tell less and decide more than others."""
+    the key is in the same file. `event_hubs`: the brokers are Azure's, which tell less and decide more than others. `called`: what people
+    call the settings that all this is from."""
 
     protocol: str = "plaintext"
     mechanism: str = "PLAIN"
@@ -39,6 +53,7 @@ class Security:
     certificate: str = ""
     certificate_key: str = ""
     event_hubs: bool = False
+    called: Called = field(default=as_flag, repr=False, compare=False)
 
     @property
     def has_user(self) -> bool:

@@ -49,19 +49,22 @@ class Trouble:
         if self._last is None:
             return ""
         said = _CODE.sub("", _AROUND.sub("", _AROUND.sub("", self._last.str()))).rstrip(".")
-        here = self._security
+        here, called = self._security, self._security.called
         if self._last.code() == KafkaError._AUTHENTICATION:
             return (
                 f"The Kafka brokers at {self._servers} refuse {here.who} ({here.protocol}, {here.mechanism}): {said}. "
-                "See to --kafka-user, the password, --kafka-mechanism and --kafka-security."
+                f"See to {called('kafka-user')}, the password, {called('kafka-mechanism')} and {called('kafka-security')}."
             )
         if self._last.code() == KafkaError._SSL or self._is_about_tls:
-            return f"There is no TLS with the Kafka brokers at {self._servers}: {said}. See to --ca, --certificate and --kafka-security."
+            return (
+                f"There is no TLS with the Kafka brokers at {self._servers}: {said}. "
+                f"See to {called('ca')}, {called('certificate')} and {called('kafka-security')}."
+            )
         if self._last.code() == KafkaError._ALL_BROKERS_DOWN:
             if self._was_in:
                 return ""
             return (
-                f"The Kafka brokers at {self._servers} close every connection: they expect something else than --kafka-security "
-                f"{here.protocol}."
+                f"The Kafka brokers at {self._servers} close every connection: they expect something else than "
+                f"{called('kafka-security')} {here.protocol}."
             )
         return f"The Kafka brokers at {self._servers} cannot be reached: {said}."

@@ -1,19 +1,22 @@
-"""What opens a Kafka cluster, from settings: what goes together, what does not, and that nothing of it is shown."""
+"""What opens a Kafka cluster, from settings and arguments: what goes together, what does not, and that nothing of it is shown."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("confluent_kafka", reason="confluent-kafka is not installed: pip install 'penstock[kafka]'")
 
-from penstock.cli.brokers import reached
+from penstock import EventProcessorHost
 from penstock.errors import SettingsError
+from penstock.hub.kafka_access import reached
 from penstock.hub.kafka_cluster import Address
 from penstock.hub.kafka_security import Security
 from penstock.settings import load, of_command
+from penstock.testing import MemoryBlobs
 
 URL = "kafka://b-1:9092,b-2:9092/telemetry"
 SECRET = "c2VjcmV0IG9mIGEga2V5="
@@ -103,6 +106,36 @@ def test_what_does_not_go_together_is_refused(flags: dict[str, str], environ: di
 
 def test_a_ca_for_other_commands_in_the_environment_is_no_matter() -> None:
     assert read(environ={"CA": "/nowhere"})[1].options() == {"security.protocol": "plaintext"}
+
+
+class TestArguments:
+    """Of a program, which is told what it wrote; who comes in by them: tests/e2e/test_kafka_security.py."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            ({"security": "tls"}, "kafka_security must be one of plaintext, ssl, sasl_plaintext, sasl_ssl, not 'tls'"),
+            ({"security": "sasl_ssl", "mechanism": "GSSAPI"}, "kafka_mechanism must be one of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512"),
+            ({"security": "sasl_ssl"}, "kafka_security sasl_ssl needs kafka_user too"),
+            ({"security": "sasl_ssl", "user": "u"}, "needs kafka_password_file or kafka_password too"),
+            ({"password": SECRET}, "A password for Kafka means nothing with kafka_security plaintext"),
+            ({"password_file": "/nowhere"}, "kafka_password_file /nowhere cannot be read: No such file"),
+            ({"password": STRING}, "hub names b-1:9092,b-2:9092, and the Endpoint of the connection string"),
+        ],
+    )  # fmt: skip
+    def test_what_does_not_go_together_is_refused(self, arguments: dict[str, str], says: str) -> None:
+        given: dict[str, Any] = {f"kafka_{name}": text for name, text in arguments.items()}
+        with pytest.raises(SettingsError, match=re.escape(says)) as refused:
+            EventProcessorHost(URL, group="g", store=MemoryBlobs(), **given)
+        assert SECRET not in refused.value.detail
+
+    def test_a_connection_string_and_certificates(self) -> None:
+        with pytest.raises(SettingsError, match="with kafka_mechanism PLAIN, and of no other"):
+            EventProcessorHost("kafka:///t", group="g", store=MemoryBlobs(), kafka_password=STRING, kafka_user="me")
+        with pytest.raises(SettingsError, match="ca means nothing with kafka_security plaintext"):
+            EventProcessorHost(URL, group="g", store=MemoryBlobs(), ca=__file__)
+        with pytest.raises(SettingsError, match="certificate_key means nothing without certificate"):
+            EventProcessorHost(URL, group="g", store=MemoryBlobs(), kafka_security="ssl", certificate_key=__file__)
 
 
 class TestConnectionString:
