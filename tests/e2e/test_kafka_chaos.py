@@ -51,6 +51,7 @@ PERIOD_S, LEASE_S = 5, 3
 STEP_S, PAUSE_S = 10.0, 8.0  # a pause is longer than a lease and a broker's session
 BACK_S_MAX = LEASE_S + 10.0
 DRAIN_S = 120.0
+BEGINNERS = 12
 APIS, HOSTS = ("api-1", "api-2"), ("host-a", "host-b", "host-c")
 UNFILTERED = Path(__file__).with_name("unfiltered_host.py")
 
@@ -402,6 +403,36 @@ def _answered(ask: Callable[[], object]) -> bool:
 def all_stand_still(nodes: Sequence[Node]) -> None:
     for node in nodes:
         node.signal(signal.SIGSTOP)
+
+
+def test_who_begins_beside_a_broker_that_stands_still_asks_the_others(
+    make_system: Make, three: Cut, tmp_path: Path
+) -> None:
+    """An API, a host, and many who begin at once: each client takes any broker for the controller, also the one that says nothing."""
+    topic = three.brokers.fresh_topic()
+    create(Cluster(three.brokers.servers), topic, partitions=3, replicas=3, in_sync=2, retention_s=7 * 86_400)
+
+    def begin(_number: int) -> int:
+        cluster = Cluster(three.brokers.servers)
+        cluster.check()
+        with KafkaHub(cluster, topic, period_s=3600, clock=SystemClock()) as hub:
+            return hub.partitions()
+
+    places = ("--hub", f"kafka://{three.brokers.servers}/{topic}", "--store", str(tmp_path / "store"))
+    api = make_system(command="api", partitions=3, workers=1, options=places)
+    all_stand_still(three.brokers.nodes[:1])
+    try:
+        with ThreadPoolExecutor(BEGINNERS + 1) as pool:
+            started = pool.submit(api.start)
+            assert list(pool.map(begin, range(BEGINNERS))) == [3] * BEGINNERS
+            started.result()
+        host = api.process("host", *places, "--data", str(tmp_path / "host"), log="host.log")
+        wait_for("the host has leases", lambda: host.text().count("lease taken") == 3 or host.ended)
+        assert not host.ended, host.text()
+        assert post_numbered(api.url, "p", 1).status == 200
+    finally:
+        all_is_well(three.brokers)
+    assert (host.stop(), api.stop()) == (0, 0)
 
 
 def one_is_dead(nodes: Sequence[Node]) -> None:

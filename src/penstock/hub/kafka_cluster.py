@@ -13,13 +13,14 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, NewTopic, TopicDescription
 
 from penstock.clock import Clock, SystemClock
 from penstock.errors import HubUnavailable, SettingsError
+from penstock.hub.kafka_asking import Asked, K, V
 from penstock.hub.kafka_security import Option, Security
 from penstock.hub.kafka_trouble import Trouble
 
@@ -32,6 +33,8 @@ PATIENCE_S: Final = 5.0
 KNOWN_S: Final = 3.0
 RETRY_S: Final = 0.1
 OTHERS_S: Final = 1.0
+STARTS: Final = 3
+"""Who begins waits so many times as long as for any other answer: more than the session of a broker that stands still."""
 _POLL_S: Final = 0.05
 RETRY_AFTER_S: Final = 2.0
 RECORD_BYTES_MIN: Final = 1_000_000
@@ -61,9 +64,6 @@ _MOVED = frozenset(
     (KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError.NOT_LEADER_FOR_PARTITION)
 )
 
-K = TypeVar("K")
-V = TypeVar("V")
-
 
 class Address(NamedTuple):
     """`kafka://HOST:PORT[,HOST:PORT]/TOPIC`."""
@@ -92,7 +92,10 @@ class Topic(NamedTuple):
 
 
 class Cluster:
-    """Makes clients, asks the brokers. Thread-safe. `delivery_s`: a record's time to be acknowledged; `answer_s`: any other answer's."""
+    """Makes clients, asks the brokers. Thread-safe. `delivery_s`: a record's time to be acknowledged; `answer_s`: any other answer's.
+
+    `start_s`: how long those wait who begin.
+    """
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class Cluster:
         self.servers = servers
         self.clock = clock or SystemClock()
         self.answer_s = answer_s
+        self.start_s = STARTS * answer_s
         self._never = threading.Event()
         self._security = security or Security()
         self.is_event_hubs = self._security.event_hubs
@@ -132,19 +136,30 @@ class Cluster:
 
     def check(self) -> None:
         """Come in once. Raises SettingsError where the brokers do not let this process in, HubUnavailable where there are none."""
-        asked = self.admin.describe_cluster(request_timeout=self.answer_s)
-        until = self.clock.monotonic() + self.answer_s
-        while not asked.done() and self.clock.monotonic() < until:
-            self.admin.poll(_POLL_S)
+        began = again = self.clock.monotonic()
+        until = began + self.start_s
+        asked: Asked[str, object] = Asked()
+        failed: Exception = TimeoutError("no answer")
+        while (now := self.clock.monotonic()) < until:
+            if now >= again:
+                if now > began:
+                    self.admin = self._made_admin()
+                asked.put(self.admin, {"": self.admin.describe_cluster(request_timeout=self.answer_s)})
+                again = now + OTHERS_S
+            asked.hear(_POLL_S)
             if self._trouble.is_final:  # of several brokers another may let it in
-                until = min(until, self.clock.monotonic() + OTHERS_S)
-        try:
-            asked.result(0)
-        except (KafkaException, TimeoutError) as error:
-            if self._trouble.is_final:
-                raise SettingsError(self._trouble.sentence()) from error
-            raise self.unavailable(error) from error
-        self._trouble.over()
+                until = min(until, now + OTHERS_S)
+            elif self._trouble.all_are_down:  # and none stands still
+                until = min(until, began + self.answer_s)
+            try:
+                if asked.answer() is not None:
+                    self._trouble.over()
+                    return
+            except KafkaException as error:
+                failed = error
+        if self._trouble.is_final:
+            raise SettingsError(self._trouble.sentence()) from failed
+        raise self.unavailable(failed) from failed
 
     def producer(self) -> Producer:
         """One that loses and doubles nothing while it lives: every in-sync replica, idempotent. Its first record costs half a second."""
@@ -181,25 +196,35 @@ class Cluster:
             }
         )
 
-    def answers(self, ask: Callable[[], Mapping[K, Future[V]]], *, final: frozenset[int] = _FINAL) -> dict[K, V]:
-        """What the brokers answer; asked again while they change places. Raises HubUnavailable, and KafkaException when that is final."""
-        until = self.clock.monotonic() + PATIENCE_S
+    def answers(
+        self,
+        ask: Callable[[], Mapping[K, Future[V]]],
+        *,
+        final: frozenset[int] = _FINAL,
+        patience_s: float = PATIENCE_S,
+    ) -> dict[K, V]:
+        """What the brokers answer; asked again while they change places, and of others while one stands still.
+
+        Raises HubUnavailable, and KafkaException when that is final.
+        """
+        until = self.clock.monotonic() + patience_s
+        asked: Asked[K, V] = Asked()
+        failed: Exception = TimeoutError("no answer")
         while True:
-            failed: Exception
+            asked.put(self.admin, ask())
+            asked.wait(OTHERS_S)
+            self.admin.poll(0)  # what it was told of the brokers
+            is_lost = True
             try:
-                found = {key: future.result(self.answer_s / 2) for key, future in ask().items()}
-                self.admin.poll(0)
-                self._trouble.over()
-                return found
+                if (found := asked.answer()) is not None:
+                    self._trouble.over()
+                    return found
             except KafkaException as error:
                 if code_of(error) in final:
                     raise
                 failed, is_lost = error, code_of(error) in _MOVED
-            except TimeoutError:
-                failed, is_lost = TimeoutError("no answer"), True
             if is_lost:
                 # librdkafka 2.16 goes on asking the leader that it knew first, be it dead, and with the epoch that it knew first.
-                self.admin.poll(0)  # what it was told of the brokers
                 self.admin = self._made_admin()
             if self.clock.monotonic() >= until:
                 raise self.unavailable(failed) from failed
@@ -209,7 +234,8 @@ class Cluster:
         """None if there is no such topic. Raises HubUnavailable."""
         try:
             found = self.answers(
-                lambda: self.admin.describe_topics(TopicCollection([topic]), request_timeout=self.answer_s)
+                lambda: self.admin.describe_topics(TopicCollection([topic]), request_timeout=self.answer_s),
+                patience_s=self.start_s,
             )
         except KafkaException as error:
             if code_of(error) == KafkaError.UNKNOWN_TOPIC_OR_PART:
@@ -223,13 +249,15 @@ class Cluster:
         topic_id = _named_id(self.servers, topic) if self.is_event_hubs else _id(str(description.topic_id))
         return Topic(topic_id, len(description.partitions), replicas)
 
-    def settings_of(self, topic: str) -> dict[str, str]:
+    def settings_of(self, topic: str, *, patience_s: float = PATIENCE_S) -> dict[str, str]:
         """The topic's settings, the brokers' defaults among them; nothing of what they do not tell. Raises HubUnavailable."""
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
         not_yet = {KafkaError.UNKNOWN_TOPIC_OR_PART}  # by the broker that was asked: the topic was just made
         try:
             [found] = self.answers(
-                lambda: self.admin.describe_configs([resource], request_timeout=self.answer_s), final=_FINAL - not_yet
+                lambda: self.admin.describe_configs([resource], request_timeout=self.answer_s),
+                final=_FINAL - not_yet,
+                patience_s=patience_s,
             ).values()
         except KafkaException as error:
             if code_of(error) in _UNTOLD:
@@ -294,7 +322,9 @@ def create(
     if found is None:
         new = NewTopic(topic, num_partitions=partitions, replication_factor=replicas, config=wanted)
         try:
-            cluster.answers(lambda: cluster.admin.create_topics([new], request_timeout=cluster.answer_s))
+            cluster.answers(
+                lambda: cluster.admin.create_topics([new], request_timeout=cluster.answer_s), patience_s=cluster.start_s
+            )
         except KafkaException as error:
             if code_of(error) in _FORBIDDEN:
                 raise cluster.forbidden(f"create the topic {topic}") from error
@@ -328,7 +358,7 @@ def check_event_hub(cluster: Cluster, topic: str, *, partitions: int | None, ret
 def _checked(
     cluster: Cluster, topic: str, found: Topic, wanted: Mapping[str, str], partitions: int, replicas: int
 ) -> Sequence[str]:
-    told = cluster.settings_of(topic)
+    told = cluster.settings_of(topic, patience_s=cluster.start_s)
     wrong = _misfits(found, told, wanted, partitions, replicas)
     if wrong:
         raise SettingsError(

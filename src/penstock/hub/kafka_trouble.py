@@ -25,14 +25,16 @@ class Trouble:
         self._security = security
         self._last: KafkaError | None = None
         self._was_in = False
+        self.all_are_down = False
 
     def hear(self, error: KafkaError) -> None:
+        self.all_are_down = self.all_are_down or error.code() == KafkaError._ALL_BROKERS_DOWN
         if error.code() != KafkaError._ALL_BROKERS_DOWN or self._last is None:
             self._last = error
 
     def over(self) -> None:
         """The brokers have answered."""
-        self._last, self._was_in = None, True
+        self._last, self._was_in, self.all_are_down = None, True, False
 
     @property
     def is_final(self) -> bool:
