@@ -10,9 +10,13 @@ import msgspec
 import pytest
 
 from penstock.archive.check import audit
-from penstock.archive.hours import HourKeeper
-from penstock.archive.ledger import record_name
-from penstock.events import Frame
+from penstock.archive.hours import HourKeeper, Manifest
+from penstock.archive.ledger import lost_name, record_name
+from penstock.archive.skip import skip
+from penstock.errors import FrameDamaged
+from penstock.events import Frame, Slice
+from penstock.processor.skip import Order
+from penstock.testing import FakeClock, FaultyBlobs
 from penstock.wire.frame import member
 from penstock.wire.members import measure
 
@@ -305,3 +309,69 @@ def test_a_hub_without_an_archiver_misses_no_ledger_behind_its_retention(rig: Ri
     rig.write_lease(0)
     assert audit(rig.hub, rig.store, archived=False).ok
     assert not audit(rig.hub, rig.store).ok, "somebody has begun to, and what he had not read is gone"
+
+
+class Dies(Exception):
+    """An archiver behind a record."""
+
+
+def dies(operation: str, name: str) -> None:
+    if operation == "put" and name.endswith(".gz"):
+        raise Dies
+
+
+@pytest.fixture
+def passed_over(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A file of 3 events, one of 6 that was decided and never written, since the frame at 5 is damaged, and a gap of 2. Then 5 events."""
+    rig.put(3)
+    rig.close_hour()
+    rig.run()
+    rig.put(2)
+    rig.put(4)
+    rig.close_hour()
+    with pytest.raises(Dies):
+        rig.run(store=FaultyBlobs(rig.store, dies))
+    rig.put(2)
+    rig.put(5)
+    whole = rig.hub.read
+
+    def read(partition: int, offset: str, *, bytes_max: int) -> Slice:
+        if 5 <= int(offset) < 9:
+            raise FrameDamaged("damaged", where="0/5")
+        found = whole(partition, offset, bytes_max=bytes_max)
+        before = [frame for frame in found.frames if frame.next <= 5]
+        return msgspec.structs.replace(found, frames=before, next_offset="5") if int(offset) < 5 else found
+
+    monkeypatch.setattr(rig.hub, "read", read)
+    order = Order(0, "11", "a bad disk", "ann@ops", True)
+    skip(rig.store, rig.hub, order, clock=FakeClock(jumps=True), watch_s=0.1)
+    rig.checkpoints[0] = "11"
+    rig.close_hour()
+    rig.run()
+    HourKeeper(rig.hub, rig.store).publish()
+    return rig
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_somebody_passed_over_is_lost_and_named(passed_over: Rig, deep: bool) -> None:
+    rig = passed_over
+    report = rig.audited(deep=deep)
+    assert report.problems == []
+    totals = report.totals
+    assert (totals.accepted, totals.logged, totals.archived, totals.lost, totals.pending) == (16, 16, 8, 8, 0)
+    assert [(row.archived, row.lost) for row in report.rows] == [(3, 0), (0, 6), (5, 2)]
+    [(file, gap)] = report.lost.items()
+    assert (file, gap.first, gap.next, gap.reason) == ("0/2026-11-22T14-00-10.json.gz", 3, 9, "skipped: a bad disk")
+    assert [(gap.first, gap.next, gap.host) for gap in report.gaps] == [(9, 11, "ann@ops")]
+    listed = msgspec.json.decode(rig.store.get("_hours/2026-11-22T14-00-10.json").body, type=Manifest)
+    assert ([one.file for one in listed.lost], listed.files, listed.events) == ([file], (), 0)
+    assert b"lost" not in rig.store.get("_hours/2026-11-22T14-00-20.json").body
+
+
+def test_damage_is_a_problem_where_nobody_passed_over_it(passed_over: Rig) -> None:
+    """The negative control: without the order beside the record."""
+    passed_over.store.delete(lost_name(0, 3))
+    report = passed_over.audited()
+    assert "partition 0: damaged" in report.problems
+    assert f"{FILE}: missing" in report.problems
+    assert "_hours/2026-11-22T14-00-10.json: not what the ledger says" in report.problems

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from penstock.archive.begin import gap
 from penstock.archive.hours import HourKeeper, Manifest, checkpoint, manifest, refuse_older
-from penstock.archive.ledger import Ledger, Record
+from penstock.archive.ledger import Ledger, Record, lost_name
 from penstock.blobs import BlobStore, Listed
 from penstock.errors import ArchiveError, SettingsError, StoreUnavailable
 from penstock.processor.lease import Lease, encode_lease, lease_name
@@ -123,6 +124,50 @@ def test_a_manifest_that_is_wrong_is_named(rig: Rig) -> None:
     with pytest.raises(ArchiveError, match="not what the ledger says"):
         publisher.publish()
     assert rig.verified().problems == ["_hours/2026-11-22T14-00-00.json: not what the ledger says"]
+
+
+def test_a_file_that_was_declared_lost_stands_apart(rig2: Rig) -> None:
+    """And whoever wrote the manifest before or after that, or its file late, is no fault."""
+    rig, name = rig2, "_hours/2026-11-22T14-00-00.json"
+    rig.put(3)
+    rig.put(2, partition=1)
+    rig.close_hour()
+    run_all(rig)
+    first, second, third = keeper(rig), keeper(rig), keeper(rig)
+    for publisher in (second, third):
+        publisher._resume()  # before another publishes
+    first.publish()
+    everything = rig.store.get(name).body
+
+    [record] = rig.records(1)
+    lose(rig, record)
+    assert second.publish() == ["2026-11-22T14-00-00"]
+    assert (rig.store.get(name).body, rig.verified().problems) == (everything, [])
+
+    file = rig.store.get(record.file).body
+    rig.store.delete(record.file)
+    rig.store.delete(name)
+    assert third.publish() == ["2026-11-22T14-00-00"]
+    found = msgspec.json.decode(rig.store.get(name).body, type=Manifest)
+    assert ([one.file for one in found.files], found.events, found.raw_bytes) == (
+        [rig.records(0)[0].file],
+        3,
+        found.files[0].raw_bytes,
+    )
+    assert [(one.file, one.events) for one in found.lost] == [(record.file, 2)]
+    assert rig.verified().problems == rig.audited().problems == []
+    rig.replace(record.file, file)
+    assert rig.verified().problems == []
+
+    rig.store.delete(lost_name(1, 0))
+    assert rig.verified().problems == [f"{name}: not what the ledger says"]
+
+
+def lose(rig: Rig, record: Record) -> None:
+    order = gap(
+        rig.hub, record.partition, record.first, record.next, "skipped: gone", host="ann", epoch=1, clock=rig.clock
+    )
+    Ledger(rig.store, rig.hub.id, record.partition).lose(order)
 
 
 def test_what_is_no_manifest_does_not_count_as_the_last_one(rig: Rig) -> None:

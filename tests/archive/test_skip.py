@@ -16,6 +16,8 @@ from penstock.archive import skip as skip_module
 from penstock.archive.archiver import Archiver
 from penstock.archive.begin import start
 from penstock.archive.check import verify
+from penstock.archive.hours import HourKeeper, Manifest, manifest_name
+from penstock.archive.judged import audit
 from penstock.archive.ledger import Gap, Ledger, lost_name, record_name
 from penstock.archive.skip import skip
 from penstock.blobs import BlobStore
@@ -35,6 +37,7 @@ from penstock.processor.lease import Holding, Lease, Writer, claim, decode_lease
 from penstock.processor.skip import EARLIEST, Order, Skipped, skip_name
 from penstock.processor.skip import skip as skip_group
 from penstock.testing import FakeClock, Fault, FaultyBlobs, MemoryBlobs
+from penstock.wire.frame import member
 from tests.archive import test_filter
 from tests.archive.test_filter import BITS, Topic
 
@@ -231,6 +234,7 @@ def test_by_force_it_passes_over_what_cannot_be_read(rig: Rig, monkeypatch: pyte
     rig.close_period()
     rig.host()
     assert (rig.left_out(), rig.gaps(), verify(rig.store).problems) == (6, [(3, 6)], [])
+    assert (audit(rig.topic, rig.store).totals.lost, audit(rig.topic, rig.store, deep=True).problems) == (6, [])
 
 
 def test_a_file_that_was_decided_behind_where_it_leads_is_not_left_out(rig: Rig) -> None:
@@ -310,12 +314,38 @@ def test_a_file_that_was_decided_and_will_never_be_there(rig: Rig, first: int) -
     assert rig.gaps() == ([(3, first)] if first > 3 else [])
     assert done.records == [lost_name(0, decided.first), *([record_name(0, decided.next)] if first > 3 else [])]
     rig.host()
-    report = verify(rig.store)
-    assert report.problems == []
-    assert (decided.first, decided.next) in [(one.first, one.next) for one in report.gaps]
+    for report in (verify(rig.store), audit(rig.topic, rig.store), audit(rig.topic, rig.store, deep=True)):
+        assert report.problems == []
+        assert [(file, gap.reason, gap.host) for file, gap in report.lost.items()] == [
+            (decided.file, f"skipped: {REASON}", "ann@ops")
+        ]
+        [row] = [row for row in report.rows if row.hour == decided.hour]
+        assert (row.lost, row.archived, row.files, report.totals.lost) == (3, 0, 0, 3)
+        assert report.totals.archived == len(rig.archived())
+    assert (row.logged, report.totals.logged) == (3, 3 + report.totals.archived)
+    HourKeeper(rig.topic, rig.store).publish()
+    listed = msgspec.json.decode(rig.store.get(manifest_name(decided.hour)).body, type=Manifest)
+    assert ([file.file for file in listed.lost], listed.files, listed.events) == ([decided.file], (), 0)
+    assert verify(rig.store).problems == []
     rig.store.delete(LEASE)
     rig.host()
     assert verify(rig.store).problems == []
+
+
+def test_a_lost_file_that_is_there_after_all_is_archived(rig: Rig) -> None:
+    """Its archiver was alive, and later than the order."""
+    rig.topic.first = 0
+    rig.dies_before_its_file()
+    decided = rig.records()[-1]
+    rig.topic.first = 4
+    rig.skip()
+    late = b"".join(line + b"\n" for line in rig.logged()[3:6])
+    rig.store.create(decided.file, member(late), id="late")
+    rig.host()
+    for report in (verify(rig.store), audit(rig.topic, rig.store, deep=True)):
+        assert (report.problems, report.lost, report.totals.lost) == ([], {}, 0)
+        assert report.totals.archived == len(rig.archived()) == 12
+    assert rig.store.get(lost_name(0, decided.first))
 
 
 def test_a_lost_file_is_missing_where_nobody_said_so(rig: Rig) -> None:

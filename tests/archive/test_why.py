@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from penstock.archive.ledger import owner
+from penstock.archive.begin import gap
+from penstock.archive.ledger import Ledger, lost_name, owner
 from penstock.archive.why import Explanation, Inquiry
 from penstock.errors import ArchiveError, FrameDamaged, NotFound
 from penstock.events import Slice
@@ -210,6 +211,10 @@ def test_a_file_that_is_decided_and_not_written_yet(rig: Rig) -> None:
     found = explain(rig)
     assert (found.state, found.files[0].in_store) == ("closed", False)
     assert found.why == (f"{file} was in the store, and is not there any more: see `penstock verify`.",)
+    order = gap(rig.hub, 0, 0, 3, "skipped: gone", host="ann@ops", epoch=1, clock=rig.clock)
+    Ledger(rig.store, rig.hub.id, 0).lose(order)
+    assert explain(rig).why == (f"{file} is lost, and will never be there: skipped: gone (ann@ops, {order.at}).",)
+    rig.store.delete(lost_name(0, 0))
     give_lease(rig, "b", 0)
     found = explain(rig)
     assert found.state == "waiting"

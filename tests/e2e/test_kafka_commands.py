@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from penstock.archive.ledger import Gap, Ledger, Record, owner
+from penstock.blobs.disk import DiskBlobs
+from penstock.files import Files
 from tests.e2e.http_client import request
 from tests.e2e.system import System, wait_for
 from tests.kafka_broker import Brokers
@@ -109,6 +112,24 @@ def test_from_another_machine(installed: Installation) -> None:
     file.write_bytes(gzip.compress(b"".join([*lines, lines[0]])))
     twice = f"{file.parent.name}/{file.name}: lines that are there twice: {len(lines) + 1}"
     assert twice in installed.json("audit", "--deep", code=1)["problems"]
+
+    # A file that was declared lost, as `leases skip` does it.
+    store = DiskBlobs(installed.store, Files())
+    known = owner(store)
+    assert known is not None
+    ledger = Ledger(store, known.hub, int(file.parent.name))
+    [record] = [link for link in ledger.chain(0) if isinstance(link, Record) and link.file.endswith(file.name)]
+    ledger.lose(
+        Gap(
+            known.hub, record.partition, record.first, record.next, "", "skipped: a bad disk", "ann@ops", 1, "i", "then"
+        )
+    )
+    file.unlink()
+    text = installed.run("audit", "--deep")
+    assert f"{record.file} was decided, and is lost: skipped: a bad disk (ann@ops, then)" in text
+    assert "ok: in the log = archived + copies + dead letters + lost + pending" in text
+    assert installed.json("audit")["totals"]["lost"] == record.events
+    assert "closed, and a file is missing" in installed.run("why", str(record.partition), hour)
 
 
 def test_dead_letters_are_sent_again_once(installed: Installation) -> None:

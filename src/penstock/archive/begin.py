@@ -16,9 +16,10 @@ from typing import Final
 
 from penstock.archive.hours import archive_lease
 from penstock.archive.ledger import Gap, Ledger, Record
+from penstock.archive.lost import in_store
 from penstock.blobs import BlobStore
 from penstock.clock import Clock, timestamp
-from penstock.errors import ArchiveError, BlobNotFound
+from penstock.errors import ArchiveError
 from penstock.hub import Hub
 from penstock.processor.lease import Start
 
@@ -113,12 +114,3 @@ def gap(
         id=uuid.uuid4().hex,
         at=timestamp(clock.now_ms()),
     )
-
-
-def in_store(store: BlobStore, file: str) -> bool:
-    """Whether it is there; then it is whole."""
-    try:
-        store.size(file)
-    except BlobNotFound:
-        return False
-    return True

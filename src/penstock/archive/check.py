@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from penstock.archive.cut import hour_name, hour_start_ms, period_start_ms
-from penstock.archive.hours import checkpoint, manifest
-from penstock.archive.ledger import HUB_BLOB, Gap, Ledger, Link, Owner, Record, lost_name, owner
+from penstock.archive.differences import Ranges
+from penstock.archive.hours import checkpoint, is_right
+from penstock.archive.ledger import HUB_BLOB, Gap, Ledger, Link, Owner, Record, owner
+from penstock.archive.lost import all_declared, lost_files
 from penstock.archive.report import Report, Row, Rows
 from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, BlobNotFound, FrameDamaged, OffsetTrimmed, SettingsError
 from penstock.events import Frame
 from penstock.hub import Hub
-from penstock.wire.frame import content, crc32
 from penstock.wire.members import measure
 
 READ_BYTES_MAX: Final = 4 << 20
@@ -53,35 +54,34 @@ def verify(store: BlobStore, *, differing: list[Record] | None = None) -> Report
     found: list[tuple[Record, bool]] = []
     hours: dict[str, list[Record]] = {}
     gaps: list[Gap] = []
-    lost: dict[str, Gap] = {}
+    may_be_lost: dict[str, Gap] = {}
     for partition in range(known.partitions):
         done = checkpoint(store, partition)
         records = chain(store, known, partition, problems)
+        may_be_lost |= all_declared(Ledger(store, known.hub, partition), records, problems)
         for record in records:
             if isinstance(record, Gap):
                 gaps.append(record)
                 continue
             hours.setdefault(record.hour, []).append(record)
-            if (gap := _lost(store, known, record, names, problems)) is not None:
-                lost[record.file] = gap
             waits = record is records[-1] and done is not None and done <= record.first
-            found.append((record, waits or gap is not None))
+            found.append((record, waits or record.file in may_be_lost))
         if done is not None and records and done > records[-1].next:
             problems.append(f"partition {partition}: checkpoint {done} is beyond the ledger's end {records[-1].next}")
+    lost: dict[str, Gap] = {}
     for (record, _), (present, wrong) in zip(found, _files(store, found), strict=True):
         problems += wrong
         if present and wrong and differing is not None:
             differing.append(record)
-        if present or record.file not in lost:
-            rows.add(record, file_present=present)
-        else:
-            gaps.append(lost[record.file])
+        if not present and record.file in may_be_lost:
+            lost[record.file] = may_be_lost[record.file]
+        rows.add(record, "archived" if present else "lost" if record.file in lost else "pending")
     files = {record.file for record, _ in found}
     problems += [
         f"{name}: no record in the ledger" for name in sorted(names) if _DATA.match(name) and name not in files
     ]
-    _manifests(store, known, names, hours, problems)
-    return rows.report(problems, sorted(gaps, key=lambda gap: (gap.partition, gap.first)))
+    _manifests(store, known, names, hours, may_be_lost, problems)
+    return rows.report(problems, gaps, lost)
 
 
 def _owner(store: BlobStore, problems: list[str]) -> Owner | None:
@@ -122,17 +122,6 @@ def chain(store: BlobStore, known: Owner, partition: int, problems: list[str]) -
         except ArchiveError as error:
             problems.append(str(error))
     return records
-
-
-def _lost(store: BlobStore, known: Owner, record: Record, names: set[str], problems: list[str]) -> Gap | None:
-    """Why its file will never be there. A listing is enough here: what it hides is said to be missing."""
-    if lost_name(record.partition, record.first) not in names:
-        return None
-    try:
-        return Ledger(store, known.hub, record.partition).lost(record.first)
-    except ArchiveError as error:
-        problems.append(str(error))
-        return None
 
 
 def _contradictions(before: Record | None, record: Record, known: Owner) -> Iterator[str]:
@@ -181,16 +170,21 @@ def _file(store: BlobStore, record: Record, waits: bool) -> tuple[bool, list[str
 
 
 def _manifests(
-    store: BlobStore, known: Owner, names: set[str], hours: dict[str, list[Record]], problems: list[str]
+    store: BlobStore,
+    known: Owner,
+    names: set[str],
+    hours: dict[str, list[Record]],
+    may_be_lost: Collection[str],
+    problems: list[str],
 ) -> None:
     for name in sorted(names):
         match = _MANIFEST.fullmatch(name)
-        if match and store.get(name).body != manifest(known.hub, match[1], hours.get(match[1], [])):
+        if match and not is_right(store.get(name).body, known.hub, match[1], hours.get(match[1], []), may_be_lost):
             problems.append(f"{name}: not what the ledger says")
 
 
 def audit(hub: AuditedHub, store: BlobStore, *, deep: bool = False, archived: bool = True) -> Report:
-    """accepted = logged = archived + pending + left out by order, for each hour and partition. `deep` checks the content too, and verifies.
+    """accepted = logged = archived + lost + pending, for each hour and partition. `deep` checks the content too, and verifies.
 
     `archived` is False for a hub without an archiver: what retention deleted is then in no ledger, and not missed. Nor is it where no
     archive has begun, in a partition without lease and record: its log is deleted only under `--archive none`.
@@ -206,6 +200,9 @@ def audit(hub: AuditedHub, store: BlobStore, *, deep: bool = False, archived: bo
         return rows.report(problems)
     partitions = range(hub.partitions())
     records = [chain(store, known, partition, problems) if known else [] for partition in partitions]
+    lost: dict[str, Gap] = {}
+    for partition in partitions:
+        lost |= lost_files(store, Ledger(store, hub.id, partition), records[partition], problems)
     bounds = [hub.bounds(partition) for partition in partitions]
     accepted: list[dict[str, int]] = [{} for _ in partitions]
     for start_ms, partition, events in hub.accepted():
@@ -214,11 +211,19 @@ def audit(hub: AuditedHub, store: BlobStore, *, deep: bool = False, archived: bo
     for partition in partitions:
         begun = bool(records[partition]) or checkpoint(store, partition) is not None
         compared = archived and (begun or hub.bounds(partition).first == 0)
-        part = _Partition(hub, partition, records[partition], accepted[partition], deep, compared, problems)
+        part = _Partition(hub, partition, records[partition], lost, accepted[partition], deep, compared, problems)
         part.check(bounds[partition].next, rows)
     if deep and known is not None:
         problems += verify(store).problems
-    return rows.report(problems, [record for links in records for record in links if isinstance(record, Gap)])
+    return rows.report(problems, [record for links in records for record in links if isinstance(record, Gap)], lost)
+
+
+class Counts(NamedTuple):
+    """Events by hour: in the log, of them those not archived, and those that lie in gaps of the ledger."""
+
+    logged: dict[str, int]
+    pending: dict[str, int]
+    in_gaps: dict[str, int]
 
 
 class _Partition:
@@ -229,6 +234,7 @@ class _Partition:
         hub: AuditedHub,
         partition: int,
         records: list[Link],
+        lost: Collection[str],
         accepted: dict[str, int],
         deep: bool,
         archived: bool,
@@ -237,8 +243,8 @@ class _Partition:
         self._hub = hub
         self._partition = partition
         self._records = [record for record in records if isinstance(record, Record)]
-        self._gaps = [record for record in records if isinstance(record, Gap)]
-        self._left_out: dict[str, int] = {}
+        self._lost = lost
+        self._orders = [link for link in records if isinstance(link, Gap) or link.file in lost]
         self._blurred = {hour for hour in accepted if _may_miss(records, hour)}
         self._tail = records[-1].next if records else 0
         self._accepted = accepted
@@ -249,17 +255,18 @@ class _Partition:
     def check(self, next_before: int, rows: Rows) -> None:
         """`next_before`: the end of the log before `accepted` was read."""
         end = self._end(next_before)
-        found: tuple[dict[str, int], dict[str, int]] | None = None
+        found: Counts | None = None
         while found is None:
             # Retention may delete while this reads; then what it deleted is in the ledger, and reading starts again.
             with contextlib.suppress(OffsetTrimmed):
                 found = self._read(end)
-        logged, pending = found
+        logged, pending, in_gaps = found
         for record in self._records:
-            rows.add(record)
+            rows.add(record, "lost" if record.file in self._lost else "archived")
         for hour in {*self._accepted, *logged, *pending}:
             row = rows.at(hour, self._partition)
             row.pending += pending.get(hour, 0)
+            row.lost += in_gaps.get(hour, 0)
             if hour >= min(self._accepted, default=""):
                 row.accepted = self._accepted.get(hour, 0)
                 row.logged = logged.get(hour, 0)
@@ -292,38 +299,45 @@ class _Partition:
         archived = (record.first for record in self._records if record.hour > hour)
         return next(archived, None) or int(self._hub.locate(self._partition, end_ms))
 
-    def _read(self, end: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Events in the log and those not archived, by hour. Of what retention has deleted, the ledger tells."""
-        logged: dict[str, int] = {}
-        pending: dict[str, int] = {}
-        self._left_out.clear()
+    def _read(self, end: int) -> Counts:
+        """Of what retention has deleted, and of what cannot be read and was declared lost, the ledger tells."""
+        logged, pending, in_gaps = found = Counts({}, {}, {})
         first = self._hub.bounds(self._partition).first
         for record in self._records:
             if record.first < first:
                 logged[record.hour] = logged.get(record.hour, 0) + min(record.next, first) - record.first
         if first > self._tail and self._archived:
             self._say(f"the log begins at {first}, the ledger ends at {self._tail}: events between are in neither")
-        ranges = _Ranges(self._records, first)
-        for frame in self._frames(first, end):
+        ranges = Ranges([record for record in self._records if record.file not in self._lost], first)
+        for frame in self._frames(first, end, logged):
             hour = hour_name(period_start_ms(frame.enqueued_at_ms, self._hub.period_s), self._hub.period_s)
             logged[hour] = logged.get(hour, 0) + frame.count
             if frame.first >= self._tail:
                 pending[hour] = pending.get(hour, 0) + frame.count
-            elif any(gap.first <= frame.first < gap.next for gap in self._gaps):  # by order, and still in the log
-                self._left_out[hour] = self._left_out.get(hour, 0) + frame.count
+            elif isinstance(self._passed_over(frame.first), Gap):
+                in_gaps[hour] = in_gaps.get(hour, 0) + frame.count
             if self._deep:
                 self._problems += ranges.pass_over(frame)
-        return logged, pending
+        return found
 
-    def _frames(self, first: int, end: int) -> Iterator[Frame]:
-        """The frames of `[first, end)`; says where one is missing or damaged."""
+    def _passed_over(self, number: int) -> Link | None:
+        """Which gap or lost file it lies in."""
+        return next((link for link in self._orders if link.first <= number < link.next), None)
+
+    def _frames(self, first: int, end: int, logged: dict[str, int]) -> Iterator[Frame]:
+        """The frames of `[first, end)`; says where one is missing or damaged. `logged` gets those of a lost file that cannot be read."""
         offset = str(first)
         while first < end:
             try:
                 read = self._hub.read(self._partition, offset, bytes_max=READ_BYTES_MAX)
             except FrameDamaged as error:
-                self._say(str(error))
-                return
+                if (order := self._passed_over(first)) is None:
+                    self._say(str(error))
+                    return
+                if isinstance(order, Record):
+                    logged[order.hour] = logged.get(order.hour, 0) + order.next - first
+                first, offset = order.next, str(order.next)
+                continue
             for frame in read.frames:
                 if frame.is_marker or frame.first >= end:
                     continue
@@ -341,8 +355,9 @@ class _Partition:
             return
         if row.accepted != row.logged and row.hour not in self._blurred:
             self._say(f"{row.hour}: accepted {row.accepted}, in the log {row.logged}")
-        if row.logged != row.archived + row.pending + self._left_out.get(row.hour, 0):
-            self._say(f"{row.hour}: in the log {row.logged}, archived {row.archived} and pending {row.pending}")
+        if row.logged != row.archived + row.lost + row.pending:
+            lost = f", lost {row.lost}" if row.lost else ""
+            self._say(f"{row.hour}: in the log {row.logged}, archived {row.archived}{lost} and pending {row.pending}")
 
     def _say(self, problem: str) -> None:
         self._problems.append(f"partition {self._partition}: {problem}")
@@ -359,31 +374,3 @@ def _may_miss(records: Sequence[Link], hour: str) -> bool:
             return True
         before, gap = record.hour, False
     return gap and before <= hour
-
-
-class _Ranges:
-    """Compares the log's content with the ledger's records while frames pass."""
-
-    def __init__(self, records: list[Record], first: int) -> None:
-        self._records = iter([record for record in records if record.first >= first])
-        self._record = next(self._records, None)
-        self._crc = self._raw_bytes = 0
-
-    def pass_over(self, frame: Frame) -> Iterator[str]:
-        try:
-            ndjson = content(frame)
-        except FrameDamaged as error:
-            yield str(error)
-            return
-        if crc32(ndjson) != frame.content_crc:
-            yield f"the frame at {frame.partition}/{frame.first} does not hold what its header says"
-        if self._record is None or frame.first < self._record.first:
-            return
-        self._crc = crc32(ndjson, self._crc)
-        self._raw_bytes += len(ndjson)
-        if frame.next < self._record.next:
-            return
-        if (frame.next, self._raw_bytes, self._crc) != (self._record.next, self._record.raw_bytes, self._record.crc32):
-            yield f"{self._record.file}: its record is not what the log holds from {self._record.first} on"
-        self._record = next(self._records, None)
-        self._crc = self._raw_bytes = 0

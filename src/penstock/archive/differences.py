@@ -1,4 +1,4 @@
-"""In which events an hour file differs from the log."""
+"""In what the archive differs from the log: records by their checksums, hour files event by event."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Final
 
 from penstock.archive.ledger import Record
 from penstock.blobs import BlobStore
-from penstock.errors import BlobNotFound
+from penstock.errors import BlobNotFound, FrameDamaged
+from penstock.events import Frame
+from penstock.wire.frame import content, crc32
 from penstock.wire.members import lines_of
 
 NAMED_EVENTS: Final = 5
@@ -56,3 +58,31 @@ def _taken(there: Counter[bytes], digest: bytes) -> bool:
         return False
     there[digest] -= 1
     return True
+
+
+class Ranges:
+    """Compares the log's content with the ledger's records while frames pass."""
+
+    def __init__(self, records: list[Record], first: int) -> None:
+        self._records = iter([record for record in records if record.first >= first])
+        self._record = next(self._records, None)
+        self._crc = self._raw_bytes = 0
+
+    def pass_over(self, frame: Frame) -> Iterator[str]:
+        try:
+            ndjson = content(frame)
+        except FrameDamaged as error:
+            yield str(error)
+            return
+        if crc32(ndjson) != frame.content_crc:
+            yield f"the frame at {frame.partition}/{frame.first} does not hold what its header says"
+        if self._record is None or frame.first < self._record.first:
+            return
+        self._crc = crc32(ndjson, self._crc)
+        self._raw_bytes += len(ndjson)
+        if frame.next < self._record.next:
+            return
+        if (frame.next, self._raw_bytes, self._crc) != (self._record.next, self._record.raw_bytes, self._record.crc32):
+            yield f"{self._record.file}: its record is not what the log holds from {self._record.first} on"
+        self._record = next(self._records, None)
+        self._crc = self._raw_bytes = 0

@@ -3,16 +3,21 @@
 An hour is complete when in every partition nothing can be enqueued in it any more and the `$archive` checkpoint has
 reached the first frame or marker behind it. From then on its records can neither change nor grow in number, so the
 manifest is a pure function of the ledger and whoever creates it writes the same bytes. An hour without events has none.
+
+It lists files that are there. One that was declared lost (lost.py) stands apart; only of such a file two writers may think differently,
+if its archiver was alive all the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final, NamedTuple
 
 import msgspec
 
 from penstock.archive.cut import hour_start_ms
 from penstock.archive.ledger import Gap, Ledger, Record
+from penstock.archive.lost import declared, in_store
 from penstock.blobs import BlobStore, Exists
 from penstock.errors import ArchiveError, SettingsError
 from penstock.hub import Hub
@@ -33,14 +38,15 @@ class ManifestFile(msgspec.Struct, frozen=True, gc=False):
     crc32: int
 
 
-class Manifest(msgspec.Struct, frozen=True):
-    """`_hours/{hour}.json` (docs/formats.md)."""
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`_hours/{hour}.json` (docs/formats.md). `events` and `raw_bytes` are of `files`, which are there; `lost` will never be."""
 
     hub: str
     hour: str
     files: tuple[ManifestFile, ...]
     events: int
     raw_bytes: int
+    lost: tuple[ManifestFile, ...] = ()
 
 
 def manifest_name(hour: str) -> str:
@@ -55,20 +61,33 @@ def _is_manifest(name: str) -> bool:
     return name.endswith(".json")
 
 
-def manifest(hub_id: str, hour: str, records: list[Record]) -> bytes:
-    """The manifest of an hour from all its ledger records, in any order."""
+def manifest(hub_id: str, hour: str, records: list[Record], lost: Collection[str] = ()) -> bytes:
+    """The manifest of an hour from all its ledger records, in any order. `lost`: those of their files that are."""
     ordered = sorted(records, key=lambda record: (record.partition, record.first))
+    there = [record for record in ordered if record.file not in lost]
     return msgspec.json.encode(
         Manifest(
             hub=hub_id,
             hour=hour,
-            files=tuple(
-                ManifestFile(r.file, r.partition, r.first, r.next, r.events, r.raw_bytes, r.crc32) for r in ordered
-            ),
-            events=sum(record.events for record in ordered),
-            raw_bytes=sum(record.raw_bytes for record in ordered),
+            files=tuple(map(_entry, there)),
+            events=sum(record.events for record in there),
+            raw_bytes=sum(record.raw_bytes for record in there),
+            lost=tuple(_entry(record) for record in ordered if record.file in lost),
         )
     )
+
+
+def _entry(r: Record) -> ManifestFile:
+    return ManifestFile(r.file, r.partition, r.first, r.next, r.events, r.raw_bytes, r.crc32)
+
+
+def is_right(body: bytes, hub_id: str, hour: str, records: list[Record], may_be_lost: Collection[str]) -> bool:
+    """Whether these bytes are the manifest, if each of these files was lost for its writer or was there."""
+    try:
+        lost = {file.file for file in msgspec.json.decode(body, type=Manifest).lost}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return lost <= set(may_be_lost) and body == manifest(hub_id, hour, records, lost)
 
 
 class HourRecords(NamedTuple):
@@ -194,10 +213,13 @@ class HourKeeper:
         )
 
     def _create(self, hour: str) -> None:
-        body = manifest(self._hub.id, hour, self._pending[hour])
+        records = self._pending[hour]
+        # Asked behind the checkpoints: what an order passed over, it had declared lost before.
+        may_be = {file for record in records for file in declared(self._ledger(record.partition), [record])}
+        body = manifest(self._hub.id, hour, records, {file for file in may_be if not in_store(self._store, file)})
         # Whoever creates it creates these bytes, so only the whole body can tell a right one from a wrong one.
         answer = self._store.create(manifest_name(hour), body, id=body.decode())
-        if isinstance(answer, Exists) and answer.blob.body != body:
+        if isinstance(answer, Exists) and not is_right(answer.blob.body, self._hub.id, hour, records, may_be):
             raise ArchiveError(f"{manifest_name(hour)} is not what the ledger says", hour=hour)
 
     def _follow(self) -> None:

@@ -1,4 +1,4 @@
-"""The audit of a log that has batches twice (a Kafka topic): each event that it holds is in one file, a copy, a dead letter, or waits.
+"""The audit of a log that has batches twice (a Kafka topic): each event in it is in one file, a copy, a dead letter, lost, or waits.
 
 Nobody counts there what was accepted, so the log itself is judged again, by the rules of the archive's filter (hub/duplicates.py), and
 what it takes of each record's range is compared with the record: the number of events, and with `deep` their bytes; then `verify` compares
@@ -30,8 +30,9 @@ from penstock.archive.cut import hour_name, hour_start_ms, period_start_ms
 from penstock.archive.differences import COPIES, DEAD, differences, digest_of
 from penstock.archive.filter import dead_name, read_state, states, verdicts
 from penstock.archive.hours import archive_lease
-from penstock.archive.ledger import Gap, Link, Record, owner
+from penstock.archive.ledger import Gap, Ledger, Link, Record, owner
 from penstock.archive.letters import places, read_dead
+from penstock.archive.lost import lost_files
 from penstock.archive.report import Report, Rows
 from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, FrameDamaged, OffsetTrimmed
@@ -71,6 +72,7 @@ class Counts(msgspec.Struct):
     pending: int = 0
     copies: int = 0
     dead: int = 0
+    lost: int = 0
 
 
 class Tally(msgspec.Struct):
@@ -81,11 +83,10 @@ class Tally(msgspec.Struct):
     files: defaultdict[int, Contents] = msgspec.field(default_factory=lambda: defaultdict(Contents))
     letters: set[int] = msgspec.field(default_factory=set)
     passed_over: int = 0
-    in_gaps: int = 0
 
 
 def audit(hub: Hub, store: BlobStore, *, deep: bool = False) -> Report:
-    """In the log = archived + copies + dead letters + pending. `deep` compares the bytes too, and verifies.
+    """In the log = archived + copies + dead letters + lost + pending. `deep` compares the bytes too, and verifies.
 
     Raises HubUnavailable, StoreUnavailable.
     """
@@ -98,7 +99,8 @@ def audit(hub: Hub, store: BlobStore, *, deep: bool = False) -> Report:
     for partition in range(hub.partitions()):
         lease = archive_lease(store, partition)
         links = chain(store, known, partition, problems) if known else []
-        part = _Partition(hub, store, partition, lease, links, deep)
+        lost = lost_files(store, Ledger(store, hub.id, partition), links, problems)
+        part = _Partition(hub, store, partition, lease, links, lost, deep)
         part.check(rows)
         parts.append(part)
     if deep and known is not None:
@@ -109,16 +111,25 @@ def audit(hub: Hub, store: BlobStore, *, deep: bool = False) -> Report:
         problems += verified
     problems += [problem for part in parts for problem in part.problems]
     gaps = [gap for part in parts for gap in part.gaps]
-    return rows.report(problems, gaps, [note for part in parts for note in part.notes])
+    lost = {file: gap for part in parts for file, gap in part.lost.items()}
+    return rows.report(problems, gaps, lost, [note for part in parts for note in part.notes])
 
 
 class _Partition:
     """The audit of one partition: `check`, and then what it found."""
 
     def __init__(
-        self, hub: Hub, store: BlobStore, partition: int, lease: Lease | None, links: list[Link], deep: bool
+        self,
+        hub: Hub,
+        store: BlobStore,
+        partition: int,
+        lease: Lease | None,
+        links: list[Link],
+        lost: dict[str, Gap],
+        deep: bool,
     ) -> None:
         self.partition = partition
+        self.lost = lost
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.gaps = [link for link in links if isinstance(link, Gap)]
@@ -142,17 +153,21 @@ class _Partition:
         compared = [record for record in self._records if begin is not None and record.first >= begin.at]
         self._note(bounds, begin, self._records[: len(self._records) - len(compared)])
         for record in self._records:
-            rows.add(record)
-            if begin is None or record.first < begin.at:
+            is_lost = record.file in self.lost
+            rows.add(record, "lost" if is_lost else "archived")
+            if is_lost or begin is None or record.first < begin.at:
+                # Of a lost file the log has what can be read of it.
                 row = rows.at(record.hour, self.partition)
-                row.logged = (row.logged or 0) + record.events
+                row.logged = (row.logged or 0) + record.events - tally.files[record.first].events
         for hour, counts in tally.hours.items():
             row = rows.at(hour, self.partition)
             row.logged = (row.logged or 0) + counts.logged
             row.pending += counts.pending
             row.copies, row.dead = counts.copies, counts.dead
+            row.lost += counts.lost
         for record in compared:
-            self._compare(record, tally.files[record.first])
+            if record.file not in self.lost:
+                self._compare(record, tally.files[record.first])
         if begin is not None:
             self._letters(begin.at, bounds.next, tally)
 
@@ -219,7 +234,7 @@ class _Partition:
             try:
                 read = self._hub.read(self.partition, str(offset), bytes_max=READ_BYTES_MAX)
             except FrameDamaged:
-                if not isinstance(self._link(offset << self._bits), Gap):
+                if not self._is_passed_over(self._link(offset << self._bits)):
                     raise
                 offset += 1  # somebody's order has passed over it (skip.py)
                 continue
@@ -253,7 +268,7 @@ class _Partition:
             counts.pending += events
             tally.passed_over += events if frame.first >> self._bits < self._done else 0
         elif isinstance(link, Gap):
-            tally.in_gaps += events
+            counts.lost += events
         else:
             found = tally.files[link.first]
             found.events += events
@@ -266,6 +281,9 @@ class _Partition:
                     ndjson = b"".join([line for begin, end in keep for line in lines[begin:end]])
                 found.raw_bytes += len(ndjson)
                 found.crc = crc32(ndjson, found.crc)
+
+    def _is_passed_over(self, link: Link | None) -> bool:
+        return isinstance(link, Gap) or (link is not None and link.file in self.lost)
 
     def _link(self, number: int) -> Link | None:
         """The record that it lies in."""
@@ -291,6 +309,9 @@ class _Partition:
             letter = read_dead(self._store, name)
         except ArchiveError as error:
             tally.problems.append(error.detail)
+            return
+        if letter is None and self._is_passed_over(self._link(frame.first)):
+            counts.lost += end - begin
             return
         if letter is None:
             counts.pending += end - begin
@@ -350,8 +371,6 @@ class _Partition:
                 )
         if tally.passed_over:
             self._say(f"{tally.passed_over} events lie before the checkpoint and are in no file")
-        if tally.in_gaps:
-            self.notes.append(f"{self._here}: {tally.in_gaps} events of the log lie in a gap of the ledger.")
 
     def _wanted(
         self, begin: Begin, chosen: Mapping[int, Record]

@@ -26,6 +26,7 @@ from penstock.hub import Hub
 
 HUB_BLOB: Final = "_hub.json"
 _RECORD_NAME: Final = re.compile(r"_ledger/\d+/(\d{20})\.json")
+_LOST_NAME: Final = re.compile(r"_ledger/\d+/(\d{20})\.lost\.json")
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -209,9 +210,15 @@ class Ledger:
 
     def listed(self) -> list[int]:
         """`first` of the records that a listing shows, in order: a hint."""
-        blobs = self._store.list(f"_ledger/{self._partition}/")
-        matches = [_RECORD_NAME.fullmatch(blob.name) for blob in blobs]
-        return sorted(int(match[1]) for match in matches if match)
+        return sorted(self._shown(_RECORD_NAME))
+
+    def listed_lost(self) -> set[int]:
+        """`first` of the records whose files a listing shows to be declared lost."""
+        return set(self._shown(_LOST_NAME))
+
+    def _shown(self, pattern: re.Pattern[str]) -> Iterator[int]:
+        names = (pattern.fullmatch(blob.name) for blob in self._store.list(f"_ledger/{self._partition}/"))
+        return (int(match[1]) for match in names if match)
 
     def _hints(self, first: int) -> list[int]:
         return [max(earlier)] if (earlier := [n for n in self.listed() if n < first]) else []

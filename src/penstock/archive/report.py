@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -12,7 +13,8 @@ from penstock.archive.ledger import Gap, Record
 class Row(msgspec.Struct):
     """Events of one hour and partition. `accepted` and `logged` are null where nothing is left to compare with.
 
-    `copies` and `dead` are of the events `logged`: those that it has twice, and dead letters; null where the hub takes no copies.
+    `lost`: events that by somebody's order are in no file. `copies` and `dead` are of the events `logged`: those that it has twice, and
+    dead letters; null where the hub takes no copies.
     """
 
     hour: str
@@ -25,6 +27,7 @@ class Row(msgspec.Struct):
     raw_bytes: int = 0
     copies: int | None = None
     dead: int | None = None
+    lost: int = 0
 
 
 class Totals(msgspec.Struct):
@@ -38,13 +41,14 @@ class Totals(msgspec.Struct):
     raw_bytes: int = 0
     copies: int = 0
     dead: int = 0
+    lost: int = 0
 
 
 class Report(msgspec.Struct):
     """What a check found: `ok` if and only if there is no problem. `pending`: in no file yet, which is no problem.
 
-    `gaps`: events of which the ledger says that they are in no file, and why; no problem either, but to be seen. `notes`: what could
-    not be compared, and why.
+    `gaps`: events of which the ledger says that they are in no file, and why; `lost`: files that were decided and declared lost. No
+    problems either, but to be seen. `notes`: what could not be compared, and why.
     """
 
     ok: bool
@@ -52,7 +56,11 @@ class Report(msgspec.Struct):
     rows: list[Row]
     totals: Totals
     gaps: list[Gap]
+    lost: dict[str, Gap] = {}
     notes: list[str] = []
+
+
+Place: TypeAlias = Literal["archived", "pending", "lost"]
 
 
 class Rows:
@@ -64,16 +72,21 @@ class Rows:
     def at(self, hour: str, partition: int) -> Row:
         return self._rows.setdefault((hour, partition), Row(hour, partition))
 
-    def add(self, record: Record, *, file_present: bool = True) -> None:
+    def add(self, record: Record, place: Place = "archived") -> None:
         row = self.at(record.hour, record.partition)
-        if file_present:
-            row.archived += record.events
+        setattr(row, place, getattr(row, place) + record.events)
+        if place == "archived":
             row.files += 1
             row.raw_bytes += record.raw_bytes
-        else:
-            row.pending += record.events
 
-    def report(self, problems: list[str], gaps: Sequence[Gap] = (), notes: Sequence[str] = ()) -> Report:
+    def report(
+        self,
+        problems: list[str],
+        gaps: Sequence[Gap] = (),
+        lost: Mapping[str, Gap] | None = None,
+        notes: Sequence[str] = (),
+    ) -> Report:
         rows = [row for _, row in sorted(self._rows.items())]
         totals = Totals(**{name: sum(getattr(row, name) or 0 for row in rows) for name in Totals.__struct_fields__})
-        return Report(not problems, list(dict.fromkeys(problems)), rows, totals, list(gaps), list(notes))
+        named = dict(sorted((lost or {}).items()))
+        return Report(not problems, list(dict.fromkeys(problems)), rows, totals, list(gaps), named, list(notes))

@@ -11,9 +11,10 @@ and writes the file now, all the better: it is the one that the record describes
 
 from __future__ import annotations
 
-from penstock.archive.begin import gap, in_store
+from penstock.archive.begin import gap
 from penstock.archive.hours import ARCHIVE_GROUP
 from penstock.archive.ledger import Gap, Ledger, Link, Record, lost_name, record_name
+from penstock.archive.lost import in_store
 from penstock.blobs import BlobStore
 from penstock.clock import Clock
 from penstock.errors import ArchiveError

@@ -15,6 +15,7 @@ import msgspec
 from penstock.archive.cut import hour_name, period_start_ms
 from penstock.archive.hours import ARCHIVE_GROUP, HourRecords, find_hour, manifest_name
 from penstock.archive.ledger import Gap, Ledger, Owner, Record
+from penstock.archive.lost import in_store
 from penstock.blobs import BlobStore
 from penstock.clock import timestamp
 from penstock.errors import ArchiveError, BlobNotFound, FrameDamaged, HubError, NotFound, OffsetTrimmed
@@ -145,7 +146,7 @@ class Inquiry:
         return find_hour(self._ledger(partition), start_ms)
 
     def _state(self, partition: int, start_ms: int, found: HourRecords) -> tuple[State, list[str]]:
-        missing = [record for record in found.records if not self._in_store(record)]
+        missing = [record for record in found.records if not in_store(self._store, record.file)]
         if missing:
             return self._file_missing(partition, missing[-1], found)
         if found.whole and found.records:
@@ -258,7 +259,7 @@ class Inquiry:
             last = self._ledger(partition).before(done)
             if last is None and done != 0:
                 return f"nothing in the ledger ends at the checkpoint {done}."
-            if isinstance(last, Record) and not self._in_store(last):
+            if isinstance(last, Record) and not in_store(self._store, last.file) and not self._lost(last):
                 return f"{last.file} is behind the checkpoint {done} and not in the store."
             for _ in _frames(hub, partition, lease.offset):
                 continue
@@ -310,7 +311,7 @@ class Inquiry:
             host=record.host,
             epoch=record.epoch,
             at=record.at,
-            in_store=self._in_store(record),
+            in_store=in_store(self._store, record.file),
             why={
                 "time": f"a later hour began: before event {record.next} the log has a frame or time marker of it",
                 "cut": f"`penstock flush` put a cut marker behind event {record.next - 1}",
@@ -318,19 +319,17 @@ class Inquiry:
             }[record.closed_by],
         )
 
-    def _in_store(self, record: Record) -> bool:
-        try:
-            self._store.size(record.file)
-        except BlobNotFound:
-            return False
-        return True
-
     def _file_missing(self, partition: int, record: Record, found: HourRecords) -> tuple[State, list[str]]:
-        lease = self._leases[partition]
+        lease, gap = self._leases[partition], self._lost(record)
+        if gap is not None:
+            return "closed", [f"{record.file} is lost, and will never be there: {gap.reason} ({gap.host}, {gap.at})."]
         if found.next == record.next and (lease is None or lease.sequence_number <= record.first):
             why = f"{record.file} is decided, but not in the store yet: whoever has the lease writes it from the log."
             return "waiting", [why, *self._holder(partition)]
         return "closed", [f"{record.file} was in the store, and is not there any more: see `penstock verify`."]
+
+    def _lost(self, record: Record) -> Gap | None:
+        return self._ledger(record.partition).lost(record.first)
 
     def _manifest(self, start_ms: int) -> HourManifest:
         name = manifest_name(self._name(start_ms))

@@ -26,12 +26,12 @@ def audit(values: Values, deep: bool, as_json: bool) -> None:
 
     where = topic.asked(wiring.layout(values), values, "data")
     if where.topic:
-        _print(_of_topic(where, deep), as_json, "in the log = archived + copies + dead letters + pending")
+        _print(_of_topic(where, deep), as_json, "in the log = archived + copies + dead letters{lost} + pending")
         return
     with wiring.reading_hub(where, values) as hub:
         archived = values.text("archive") == "on" and not _unread_is_deleted(where)
         report = check.audit(hub, wiring.open_store(where), deep=deep, archived=archived)
-    _print(report, as_json, "accepted = logged = archived + pending")
+    _print(report, as_json, "accepted = logged = archived{lost} + pending")
 
 
 def _of_topic(where: Layout, deep: bool) -> Report:
@@ -72,7 +72,8 @@ def _print(report: Report, as_json: bool, good: str) -> None:
         from rich.table import Table
 
         judged = any(row.copies is not None for row in report.rows)
-        names = [name for name in report.totals.__struct_fields__ if judged or name not in ("copies", "dead")]
+        without = {*(() if judged else ("copies", "dead")), *(() if report.totals.lost else ("lost",))}
+        names = [name for name in report.totals.__struct_fields__ if name not in without]
         out = console()
         table = Table("hour", "partition", *(name.replace("_", " ") for name in names))
         for row in report.rows:
@@ -84,12 +85,14 @@ def _print(report: Report, as_json: bool, good: str) -> None:
             span = f"events {gap.first:,} to {gap.next - 1:,}"
             said = f"{gap.reason} ({gap.host}, {gap.at})" if gap.host else gap.reason
             out.print(f"partition {gap.partition}: {span} are in no file: {said}", markup=False)
+        for file, gap in report.lost.items():
+            out.print(f"{file} was decided, and is lost: {gap.reason} ({gap.host}, {gap.at})", markup=False)
         for note in report.notes:
             out.print(note, markup=False)
         for problem in report.problems:
             out.print(f"PROBLEM: {problem}", style="bold red", markup=False)
         if report.ok:
-            out.print(f"ok: {good}", style="green")
+            out.print(f"ok: {good.format(lost=' + lost' if report.totals.lost else '')}", style="green")
     if not report.ok:
         raise click.exceptions.Exit(1)
 

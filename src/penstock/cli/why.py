@@ -84,7 +84,7 @@ def _print(found: Explanation) -> None:
     def say(text: str, style: str = "") -> None:
         out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"partition {found.partition}, hour {found.hour}: {_HEADS[found.state]}", "bold")
+    say(f"partition {found.partition}, hour {found.hour}: {_head(found)}", "bold")
     for sentence in found.why:
         say(f"  {sentence}")
     for file in found.files:
@@ -106,6 +106,12 @@ _HEADS = {
     "future": "has not begun",
     "unknown": "not known",
 }
+
+
+def _head(found: Explanation) -> str:
+    if found.state == "closed" and not all(file.in_store for file in found.files):
+        return "closed, and a file is missing"
+    return _HEADS[found.state]
 
 
 def _file(file: HourFile) -> str:
