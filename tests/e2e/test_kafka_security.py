@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import re
 import signal
 import time
@@ -16,14 +17,23 @@ from typing import Any
 import pytest
 
 from penstock import EventProcessorHost, Events
+from penstock.clock import SystemClock
 from penstock.errors import SettingsError
+from penstock.hub.kafka import KafkaHub
+from penstock.hub.kafka_cluster import Cluster
+from penstock.hub.kafka_security import Security
 from penstock.testing import MemoryLog
 from tests.e2e.http_client import Answer, request
 from tests.e2e.system import System, wait_for
+from tests.event_hubs import EventHubs
 from tests.kafka_broker import Brokers, made_topic
-from tests.kafka_doors import OWNER, PASSWORD, WORKER, Doors
+from tests.kafka_doors import AZURE, OWNER, PASSWORD, WORKER, Doors
 
 Make = Callable[..., System]
+POLICY_VIOLATION, MESSAGE_TOO_LARGE = 44, 10
+ERRORS = (POLICY_VIOLATION, 45, 47, 59, MESSAGE_TOO_LARGE)
+"""What Event Hubs answers to a record that would have to wait for longer than its time-out; then what an idempotent producer may hear:
+OUT_OF_ORDER_SEQUENCE_NUMBER, INVALID_PRODUCER_EPOCH, UNKNOWN_PRODUCER_ID, of which librdkafka sends some again by itself."""
 ONE_COPY = ("--replicas", "1", "--in-sync-replicas", "1")
 
 
@@ -171,36 +181,78 @@ def test_a_producer_belongs_to_the_name_of_its_key(make_system: Make, kafka: Bro
     assert not (store / "_dead").exists()
 
 
-def test_an_event_hub_by_its_connection_string(make_system: Make, kafka: Brokers, doors: Doors, tmp_path: Path) -> None:
-    """Its user sees the topics that are there, may make none, and is not told how they are configured, as at Azure's endpoint."""
+@pytest.fixture
+def hubs(doors: Doors, kafka: Brokers) -> Iterator[EventHubs]:
+    with doors.event_hubs() as running:
+        yield running
+
+
+def test_an_event_hub_by_its_connection_string(
+    make_system: Make, kafka: Brokers, doors: Doors, hubs: EventHubs, tmp_path: Path
+) -> None:
+    """Its user sees the topics that are there, may make none, and is not told how they are configured, as at Azure's endpoint, and
+    nothing is asked for that this does not speak."""
     _, topic = made_topic(kafka, 3)
     store = tmp_path / "store"
     places = ("--store", str(store), "--ca", doors.ca)
-    secret = {"PENSTOCK_KAFKA_PASSWORD": f"{doors.connection_string()};EntityPath={topic}"}
     # The test's broker knows the string without the path, as it knows each password by heart.
-    whole = {"PENSTOCK_KAFKA_PASSWORD": doors.connection_string()}
-    system = make_system(command="api", workers=1, environment=secret)
+    system = make_system(
+        command="api",
+        workers=1,
+        environment={"PENSTOCK_KAFKA_PASSWORD": f"{doors.connection_string()};EntityPath={topic}"},
+    )
     nameless = ("api", "--data", str(system.data), "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", *places)
     done = system.run(*nameless, "--hub", "kafka:///another")
     assert (done.returncode, b"the EntityPath of the connection string" in done.stderr) == (2, True), done
-    system.environment = whole
+    system.environment = {"PENSTOCK_KAFKA_PASSWORD": doors.connection_string()}
     done = system.run(*nameless, "--hub", "kafka:///penstock-none")
     assert (done.returncode, b"There is no event hub penstock-none" in done.stderr) == (2, True), done
     done = system.run(*nameless, "--hub", f"kafka:///{topic}", "--partitions", "4")
     assert (done.returncode, b"it has 3 partitions, not 4" in done.stderr) == (2, True), done
 
     hub = ("--hub", f"kafka:///{topic}", *places)
-    system.options = ["--period", "2s", "--workers", "1", "--anonymous", *hub]
+    system.options = ["--period", "1h", "--workers", "1", "--anonymous", *hub]
     system.start()
     assert "do not tell message.timestamp.type, cleanup.policy, retention.ms of the topic" in system.up.text()
     host = system.process("host", *hub, "--data", str(tmp_path / "host"), log="host.log")
     assert len(system.ends()) == 3
-    assert post(system, 1).status == 200
-    wait_for("it is archived", lambda: sum(hour["events"] for hour in _hours(store)) == 1)
-    assert json.loads(system.get("/v1/status")[1])["ok"]
+    large = b"".join(b'{"deviceId":"d-%d","x":"%b"}\n' % (n, os.urandom(100_000).hex().encode()) for n in range(5))
+    assert request(system.url, "POST", "/v1/events", large, {"Content-Type": "application/x-ndjson"}).status == 200
+    answers = {}
+    for sequence, error in enumerate(ERRORS, 1):
+        hubs.errors.append(error)
+        answer = post(system, sequence)
+        answers[error] = answer.status
+        assert answer.status == 200 or answer.json["code"] == "hub_unavailable", (error, answer)
+        wait_for("it is taken", lambda sequence=sequence: post(system, sequence).status == 200)
+    assert answers[POLICY_VIOLATION] == answers[MESSAGE_TOO_LARGE] == 503
+    assert not hubs.errors
+    for command in ("flush", "status", "leases", "audit"):
+        done = system.run(command, *hub)
+        assert done.returncode == 0, done
+    assert "ok: in the log = archived" in done.stdout.decode()
+    archived = json.loads(system.run("verify", "--json", "--store", str(store)).stdout)["totals"]["archived"]
+    assert archived == 5 + len(ERRORS)
     given = {"kafka_password": doors.connection_string(), "ca": doors.ca}
     with reading(f"kafka:///{topic}", group="g", store=store, log=MemoryLog(), **given) as bodies:
-        wait_for("a processor has it too", lambda: len(bodies) == 1)
+        wait_for("a processor has them too", lambda: len(bodies) == archived)
     host.signal(signal.SIGTERM)
     assert (host.wait(), system.stop()) == (0, 0)
     assert "SharedAccessKey=" not in system.up.text() + host.text()
+    assert hubs.refused == []
+    assert {key for key, _ in hubs.asked} <= {0, 1, 2, 3, 10, 17, 18, 22, 36}, "no group is joined, no topic made"
+
+
+def test_what_is_asked_of_other_brokers_is_not_spoken_there(kafka: Brokers, doors: Doors, hubs: EventHubs) -> None:
+    """The negative control."""
+    _, topic = made_topic(kafka, 1)
+    for event_hubs in (True, False):
+        azure = Security("sasl_ssl", "PLAIN", AZURE, doors.connection_string(), ca=doors.ca, event_hubs=event_hubs)
+        cluster = Cluster(doors.hubs, azure)
+        assert cluster.settings_of(topic) == {}
+        if event_hubs:
+            with KafkaHub(cluster, topic, period_s=3600, clock=SystemClock()) as hub:
+                assert hub.bounds(0).next == 0
+            continue
+        with pytest.raises(SettingsError, match="The brokers give topics no ids"):
+            cluster.describe(topic)

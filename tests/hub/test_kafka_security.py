@@ -146,3 +146,45 @@ def test_every_record_is_smaller_than_event_hubs_takes(events: str) -> None:
         value = draft.placed(0, 0)
         largest = max(largest, len(value) + len(pack_shares(shares)) + len(pack_owners(shares)))
     assert FRAME_BYTES_MAX // 2 < largest < RECORD_BYTES_MIN - 4096
+
+
+@pytest.mark.parametrize(("given", "lacks"), [("DESCRIBE", "READ"), ("WRITE", "READ"), ("READ", "WRITE")])
+def test_a_right_that_is_missing_is_named(kafka: Brokers, doors: Doors, given: str, lacks: str) -> None:
+    """At the start; and later where the brokers did not tell, as an event hub's do not."""
+    topic = made_topic(kafka, 1)[1]
+    doors.grant(GUEST, topic, given)
+    with KafkaHub(kafka.client, topic, period_s=3600, clock=FakeClock()) as hub:
+        hub.append([BATCH])
+    act = "read" if lacks == "READ" else "write into"
+    says = f"do not let the user {GUEST} {act} the topic {topic}"
+    guest = Cluster(doors.sasl, replace(SASL, user=GUEST))
+    with pytest.raises(SettingsError, match=rf"{says} \(the right {lacks} is missing\)"):
+        if lacks == "WRITE":
+            create(guest, topic, partitions=1, replicas=1, in_sync=1, retention_s=60)
+        KafkaHub(guest, topic, period_s=3600, clock=FakeClock())
+
+    azure = Cluster(doors.sasl, replace(SASL, user=GUEST, event_hubs=True))
+    with KafkaHub(azure, topic, period_s=3600, clock=FakeClock()) as hub:
+        assert hub.retention() is None
+        for _ in range(2):  # the producer of the first can do nothing more
+            began = time.monotonic()
+            with pytest.raises(HubUnavailable, match=says):
+                hub.append([BATCH]) if lacks == "WRITE" else hub.read(0, "0", bytes_max=1)
+            assert time.monotonic() - began < 8
+        if lacks == "WRITE":
+            assert len(hub.read(0, "0", bytes_max=1 << 20).frames) == 1
+
+
+def test_with_these_rights_alone_all_is_done(kafka: Brokers, doors: Doors) -> None:
+    """No right to make a topic, to see its settings, or for a consumer group."""
+    topic = made_topic(kafka, 1)[1]
+    doors.grant(GUEST, topic, "READ", "WRITE", "DESCRIBE")
+    guest = Cluster(doors.sasl, replace(SASL, user=GUEST))
+    assert "retention.ms" in create(guest, topic, partitions=1, replicas=1, in_sync=1, retention_s=60)
+    with KafkaHub(guest, topic, period_s=3600, clock=FakeClock()) as hub:
+        hub.append([BATCH])
+        assert hub.cut() == ["1"]
+        assert len(hub.read(0, "0", bytes_max=1 << 20).frames) == 2
+        assert (hub.bounds(0).next >> 20, hub.locate(0, 0)) == (2, "0")
+    with pytest.raises(SettingsError, match=f"do not let the user {GUEST} see the topic"):
+        create(guest, kafka.fresh_topic(), partitions=1, replicas=1, in_sync=1, retention_s=60)

@@ -118,7 +118,8 @@ def _print_status(report: Status) -> None:
 
 def _sentences(report: Status) -> Iterator[str]:
     if report.retention:
-        yield _time_left(report.retention, bounded=report.storage is not None)
+        told = all(warning.code != "retention_unknown" for warning in report.warnings)
+        yield _time_left(report.retention, bounded=report.storage is not None, told=told)
     if report.throughput:
         yield f"throughput units: {in_force(report.throughput)}"
     if report.counters:
@@ -136,10 +137,10 @@ def _headline(report: Status) -> str:
     )
 
 
-def _time_left(now: RetentionStatus, *, bounded: bool) -> str:
+def _time_left(now: RetentionStatus, *, bounded: bool, told: bool) -> str:
     """When events that are not archived would be deleted, and when the hub is full, if its disk is ours."""
     if now.after_s is None and not bounded:
-        return "retention: the brokers keep everything"
+        return "retention: the brokers keep everything" if told else "retention: the brokers do not tell theirs"
     if now.after_s is None:
         return "retention: nothing is deleted, and nothing comes in, because no API worker runs"
     if now.left_s is None:

@@ -29,7 +29,7 @@ from penstock.errors import FrameDamaged, HubError, NotFound, SettingsError
 from penstock.events import Appended, Batch, Bounds, Frame, FrameKind, Slice
 from penstock.hub import Refused
 from penstock.hub.duplicates import Share, pack_owners, pack_shares
-from penstock.hub.kafka_cluster import Cluster, described
+from penstock.hub.kafka_cluster import READ, Cluster, described
 from penstock.hub.kafka_reading import Readers
 from penstock.hub.kafka_writing import OWNERS, SHARES, Outgoing, Writer
 from penstock.wire import frame
@@ -42,7 +42,7 @@ _LOOK_BYTES: Final = 1 << 20
 
 
 class KafkaHub:
-    """The hub in `topic`. Thread-safe. Made after the fork of its process. Raises SettingsError when the topic is not there."""
+    """The hub in `topic`. Thread-safe. Made after the fork of its process. Raises SettingsError when there is no topic to be read."""
 
     def __init__(
         self, cluster: Cluster, topic: str, *, period_s: int, clock: Clock, frame_bytes_max: int = FRAME_BYTES_MAX
@@ -50,6 +50,7 @@ class KafkaHub:
         found = described(cluster, topic)
         if found is None:
             raise SettingsError(f"There is no topic {topic} at {cluster.servers}: `penstock api` makes it.")
+        cluster.needs(READ, topic, found)
         self._cluster = cluster
         self._topic = topic
         self._id, self._count = found.id, found.partitions
@@ -134,12 +135,14 @@ class KafkaHub:
             found = self._edges([partition], OffsetSpec.latest())[partition]
         return str(found)
 
-    def retention(self) -> tuple[float | None, int | None]:
+    def retention(self) -> tuple[float | None, int | None] | None:
         """The brokers delete what is older than so many seconds, and the oldest beyond so many bytes of a partition; None: they do not.
 
-        Whole segments at a time, so a record may be kept longer.
+        Whole segments at a time, so a record may be kept longer. None in place of both: they do not tell.
         """
         settings = self._cluster.settings_of(self._topic)
+        if "retention.ms" not in settings:
+            return None
         after_ms, bytes_max = (int(settings.get(name, -1)) for name in ("retention.ms", "retention.bytes"))
         return (after_ms / 1000 if after_ms >= 0 else None), (bytes_max if bytes_max >= 0 else None)
 

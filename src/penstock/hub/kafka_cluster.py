@@ -13,10 +13,18 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from enum import Enum
 from typing import Final, NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, NewTopic, TopicDescription
+from confluent_kafka.admin import (
+    AclOperation,
+    AdminClient,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    TopicDescription,
+)
 
 from penstock.clock import Clock, SystemClock
 from penstock.errors import HubUnavailable, SettingsError
@@ -83,12 +91,19 @@ def parse_url(url: str) -> Address:
     return Address(match[1], match[2])
 
 
+WRITE: Final = AclOperation.WRITE
+READ: Final = AclOperation.READ
+_ACTS: Final = {WRITE: "write into", READ: "read"}
+
+
 class Topic(NamedTuple):
     """A topic as the brokers describe it. `id` is new when it is created again: the hub's identity."""
 
     id: str
     partitions: int
     replicas: int
+    rights: frozenset[Enum] | None = None
+    """What this process may do with it; None: the brokers do not say."""
 
 
 class Cluster:
@@ -232,10 +247,10 @@ class Cluster:
 
     def describe(self, topic: str) -> Topic | None:
         """None if there is no such topic. Raises HubUnavailable."""
+        told = {"include_authorized_operations": not self.is_event_hubs, "request_timeout": self.answer_s}
         try:
             found = self.answers(
-                lambda: self.admin.describe_topics(TopicCollection([topic]), request_timeout=self.answer_s),
-                patience_s=self.start_s,
+                lambda: self.admin.describe_topics(TopicCollection([topic]), **told), patience_s=self.start_s
             )
         except KafkaException as error:
             if code_of(error) == KafkaError.UNKNOWN_TOPIC_OR_PART:
@@ -247,7 +262,13 @@ class Cluster:
         assert isinstance(description, TopicDescription), description
         replicas = min((len(partition.replicas) for partition in description.partitions), default=0)
         topic_id = _named_id(self.servers, topic) if self.is_event_hubs else _id(str(description.topic_id))
-        return Topic(topic_id, len(description.partitions), replicas)
+        rights = None if self.is_event_hubs else frozenset(description.authorized_operations or ())
+        return Topic(topic_id, len(description.partitions), replicas, rights)
+
+    def needs(self, right: AclOperation, topic: str, found: Topic) -> None:
+        """Raises SettingsError where this process is known not to have it."""
+        if found.rights is not None and right not in found.rights:
+            raise self.forbidden(f"{_ACTS[right]} the topic {topic} (the right {right.name} is missing)")
 
     def settings_of(self, topic: str, *, patience_s: float = PATIENCE_S) -> dict[str, str]:
         """The topic's settings, the brokers' defaults among them; nothing of what they do not tell. Raises HubUnavailable."""
@@ -266,9 +287,12 @@ class Cluster:
         entries = {name: entry.value for name, entry in found.items() if isinstance(entry, ConfigEntry)}
         return {name: str(value) for name, value in entries.items() if value is not None}
 
-    def unavailable(self, error: object) -> HubUnavailable:
-        """What a foreign error means to whoever asked, with what the brokers say beside it."""
+    def unavailable(self, error: object, act: str = "") -> HubUnavailable:
+        """What a foreign error means to whoever asked, with what the brokers say beside it. `act`: what a right may lack for."""
         inner = error.args[0] if isinstance(error, KafkaException) and error.args else error
+        if act and isinstance(inner, KafkaError) and inner.code() in _FORBIDDEN:
+            detail = f"The Kafka brokers at {self.servers} do not let {self._security.who} {act}."
+            return HubUnavailable(detail, retry_after_s=RETRY_AFTER_S)
         text = inner.str() if isinstance(inner, KafkaError) else str(inner) or type(inner).__name__
         self.admin.poll(0)
         why = self._trouble.sentence()
@@ -358,6 +382,7 @@ def check_event_hub(cluster: Cluster, topic: str, *, partitions: int | None, ret
 def _checked(
     cluster: Cluster, topic: str, found: Topic, wanted: Mapping[str, str], partitions: int, replicas: int
 ) -> Sequence[str]:
+    cluster.needs(WRITE, topic, found)
     told = cluster.settings_of(topic, patience_s=cluster.start_s)
     wrong = _misfits(found, told, wanted, partitions, replicas)
     if wrong:

@@ -81,6 +81,7 @@ class Reader:
         self._assigned = False
         self._ahead: deque[Message] = deque()
         self._ended_at = -1
+        self._refused: KafkaError | None = None
 
     def close(self) -> None:
         self._consumer.close()
@@ -109,7 +110,7 @@ class Reader:
     def _leave(self) -> None:
         if self._assigned:
             self._consumer.unassign()
-        self._assigned, self._ended_at = False, -1
+        self._assigned, self._ended_at, self._refused = False, -1, None
         self._ahead.clear()
 
     def _end(self, partition: int, offset: int) -> int:
@@ -157,6 +158,10 @@ class Reader:
             message = self._consumer.poll(_POLL_S)
             if message is not None:
                 self._take([message, *self._consumer.consume(_AT_ONCE, 0)])
+            if self._refused is not None:
+                refused = self._refused
+                self._leave()
+                raise self._cluster.unavailable(refused, f"read the topic {self._topic}")
             if not self._assigned or self._cluster.clock.monotonic() > until:
                 self._leave()
                 raise HubUnavailable(
@@ -176,6 +181,8 @@ class Reader:
                 self._ended_at = message.offset() or 0
             elif error.code() == KafkaError._AUTO_OFFSET_RESET and not self._ahead:
                 self._leave()  # it was trimmed under the reader: the next read says so
+            elif error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                self._refused = error
 
     def _next(self, bytes_max: int) -> list[Message]:
         found: list[Message] = []

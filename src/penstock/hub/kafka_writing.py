@@ -53,7 +53,7 @@ class Writer:
                 return run.at_ms
             if run.fatal:
                 self._producer = None  # a new one begins anew
-        raise self._cluster.unavailable(error)
+        raise self._cluster.unavailable(error, f"write into the topic {self._topic}")
 
 
 class _Run:
@@ -73,7 +73,12 @@ class _Run:
         for partition in self._left:
             self._send(partition)
         while self._under_way:
-            self._producer.poll(_POLL_S)
+            try:
+                self._producer.poll(_POLL_S)
+            except (
+                KafkaException
+            ) as error:  # the producer can do nothing more, and reports what is under way all the same
+                self._fail(error.args[0])
         return self._error
 
     def _send(self, partition: int) -> None:

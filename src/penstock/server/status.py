@@ -120,9 +120,10 @@ class GroupStatus(msgspec.Struct, frozen=True):
 
 class Warned(msgspec.Struct, frozen=True):
     """What people should know; nothing is refused because of it. `storage_full`: more is stored than the throughput units are for;
-    `retention_short`: brokers soon delete what is not archived; `retention_bytes`: they may at any time."""
+    `retention_short`: brokers soon delete what is not archived; `retention_bytes`: they may at any time; `retention_unknown`: they do not
+    tell."""
 
-    code: Literal["storage_full", "retention_short", "retention_bytes"]
+    code: Literal["storage_full", "retention_short", "retention_bytes", "retention_unknown"]
     detail: str
 
 

@@ -38,8 +38,11 @@ class MarkedHub(Hub, Protocol):
 
 
 class KeptHub(Hub, Protocol):
-    def retention(self) -> tuple[float | None, int | None]:
-        """The brokers delete what is older than so many seconds, and the oldest beyond so many bytes of a partition; None: they do not."""
+    def retention(self) -> tuple[float | None, int | None] | None:
+        """The brokers delete what is older than so many seconds, and the oldest beyond so many bytes of a partition; None: they do not.
+
+        None in place of both: they do not tell.
+        """
         ...
 
 
@@ -80,7 +83,8 @@ def build_topic_status(
     """As `status.build_status`, without what a topic does not tell: events are not counted, and the storage is the brokers'."""
     problems: list[str] = []
     runs = read_runs(run_folder)
-    after_s, bytes_max = hub.retention()
+    told = hub.retention()
+    after_s, bytes_max = told or (None, None)
     leases = archive_leases(hub, store, problems)
     partitions = [_partition(hub, partition, lease, after_s, clock, problems) for partition, lease in enumerate(leases)]
     left = min((one.retention_left_s for one in partitions if one.retention_left_s is not None), default=None)
@@ -100,12 +104,20 @@ def build_topic_status(
         partitions=partitions,
         retention=RetentionStatus(after_s, "deleted", left, None, bytes_max),
         throughput=throughput,
-        warnings=list(_warnings(after_s, bytes_max, partitions)) if missed else [],
+        warnings=list(_warnings(after_s, bytes_max, partitions, told=told is not None)) if missed else [],
     )
 
 
-def _warnings(after_s: float | None, bytes_max: int | None, partitions: Sequence[PartitionStatus]) -> Iterator[Warned]:
+def _warnings(
+    after_s: float | None, bytes_max: int | None, partitions: Sequence[PartitionStatus], *, told: bool
+) -> Iterator[Warned]:
     """To be given where an archive is, or is to be."""
+    if not told:
+        yield Warned(
+            "retention_unknown",
+            "The brokers do not tell how long they keep events, so that nobody knows how much time is left for what is not archived: "
+            "look at the retention of the topic where it was made.",
+        )
     left = {one.partition: one.retention_left_s for one in partitions if one.retention_left_s is not None}
     short = [partition for partition, left_s in left.items() if after_s is not None and left_s < SHORT * after_s]
     if short:
