@@ -48,10 +48,9 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "confluent_kafka": ("hub",),
     "httptools": ("server",),
     "uvloop": ("server",),
-    "asyncio": ("server", "cli"),  # cli/wiring hands the worker's loop to the intake
+    "asyncio": ("server", "cli"),  # cli/workers hands the worker's loop to the intake
     "isal": ("wire",),
     "zstandard": ("wire",),
-    "structlog": ("telemetry",),
     "click": ("cli",),
     "rich": ("cli",),
     "duckdb": (),

@@ -17,7 +17,6 @@ import io
 import os
 import re
 import secrets
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,6 +251,8 @@ class Files:
         try:
             fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
         except (AttributeError, OSError):  # not every system and file system can
+            import tempfile
+
             return cast(BinaryIO, tempfile.TemporaryFile(buffering=BLOCK_BYTES, prefix=".", dir=folder))
         return cast(BinaryIO, GrowingFile(fd, self._write_at))
 

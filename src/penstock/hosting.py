@@ -111,8 +111,8 @@ class EventProcessorHost:
     leases and checkpoints lie, the same for all its hosts; with a data folder it may be left out and is the installation's own.
     `archive`, for a topic, is the store of its APIs, where that is another. Tests hand in hub and store ready-made (penstock.testing).
     `name` must be the host's own (default: machine and random digits). A partition without a lease begins at the oldest event that is
-    kept, or, with `begin="end"`, with the events to come. A lease that a host did not renew for `lease_s` is taken over. `log` takes what
-    structlog's loggers take; default: lines on standard error. Raises SettingsError.
+    kept, or, with `begin="end"`, with the events to come. A lease that a host did not renew for `lease_s` is taken over. `log` is called
+    with a sentence and fields, as loggers of structlog are; default: lines on standard error. Raises SettingsError.
     """
 
     def __init__(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,12 +247,14 @@ def of_command(command: str) -> Iterable[Setting]:
 
 def _read_file(config: Path | None) -> dict[str, str]:
     path = config or Path("penstock.toml")
+    if config is None and not path.exists():
+        return {}
+    import tomllib
+
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        if config is None:
-            return {}
-        raise SettingsError(f"The settings file {config} is not there.") from None
+        raise SettingsError(f"The settings file {path} is not there.") from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"The settings file {path} cannot be read: {error}.") from error
     known = {setting.name for setting in SETTINGS}

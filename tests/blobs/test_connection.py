@@ -109,7 +109,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_folders_need_no_such_library() -> None:
-    code = "import sys, penstock.cli.wiring, penstock.cli.main; print('obstore' in sys.modules)"
+    code = "import sys, penstock.cli.workers, penstock.cli.main; print('obstore' in sys.modules)"
     source = Path(__file__).parents[2] / "src"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(source)}, capture_output=True, timeout=60, check=True

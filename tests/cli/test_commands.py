@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,25 @@ def test_help(name: str | None) -> None:
 @pytest.mark.parametrize("name", ["simulate", "status", "leases", "why", "units", "audit", "verify", "flush"])
 def test_reports_take_json(name: str) -> None:
     assert any("--json" in option.opts for option in penstock.commands[name].params if isinstance(option, click.Option))
+
+
+def test_a_command_starts_without_what_only_others_need(tmp_path: Path) -> None:
+    """Most are started more often than `up`, and by people who wait for the answer."""
+    servers = ("asyncio", "uvloop", "http.client", "obstore", "confluent_kafka", "penstock.server.app")
+    for name, without in (
+        ("--help", ("lmdb", *servers)),
+        ("status", ("penstock.cli.dead", "penstock.cli.keys", *servers)),
+        ("audit", ("penstock.cli.dead", "penstock.cli.keys", *servers)),
+    ):
+        code = (
+            "import sys, contextlib; from penstock.cli.main import penstock\n"
+            f"with contextlib.suppress(Exception): penstock([{name!r}], standalone_mode=False)\n"
+            f"sys.exit(str([name for name in {without!r} if name in sys.modules]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.stderr.strip() == "[]", name
 
 
 def test_wrong_use_is_exit_2_and_touches_nothing(shell: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +71,8 @@ def _blob(store: BlobStore, name: str, store_name: str, lines: int) -> Iterator[
     """A blob as the file that it would be in a folder."""
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise SettingsError(f"{name} cannot name a blob.")
+    import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, *name.split("/"))
         path.parent.mkdir(parents=True, exist_ok=True)

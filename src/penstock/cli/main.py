@@ -1,57 +1,61 @@
 """`penstock`: the commands, and what their failures mean to the shell.
 
-Exit 0: done. 1: a problem was found. 2: wrong use or settings, nothing was touched. Whatever is slow to import is imported
-inside the commands.
+Exit 0: done. 1: a problem was found. 2: wrong use or settings, nothing was touched. A command's module is imported when the command is
+asked for, and whatever else is slow to import inside the command.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Final, NoReturn
 
 import click
 
 from penstock import __version__
-from penstock.cli.check import audit, verify
-from penstock.cli.dead import dead
-from penstock.cli.dump import dump
-from penstock.cli.flush import flush
-from penstock.cli.keys import key, token
-from penstock.cli.leases import leases
-from penstock.cli.send import send
-from penstock.cli.show import status
-from penstock.cli.simulate import simulate
-from penstock.cli.units import units
-from penstock.cli.up import api, host, up
-from penstock.cli.why import why
 from penstock.errors import PenstockError, SettingsError
 
+_MODULES: Final = {
+    "up": "up",
+    "api": "up",
+    "host": "up",
+    "send": "send",
+    "simulate": "simulate",
+    "status": "show",
+    "leases": "leases",
+    "why": "why",
+    "units": "units",
+    "audit": "check",
+    "verify": "check",
+    "flush": "flush",
+    "dump": "dump",
+    "dead": "dead",
+    "key": "keys",
+    "token": "keys",
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(Mapping[str, click.Command]):
+    """All of them by name, each imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        found = getattr(importlib.import_module(f"penstock.cli.{_MODULES[name]}"), name)
+        assert isinstance(found, click.Command)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+
+# Click only reads them.
+@click.group(commands=_Commands(), context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="penstock")
 def penstock() -> None:
     """Takes in the events of very many devices and leaves them as a few large files that are easy to query."""
-
-
-for command in (
-    up,
-    api,
-    host,
-    send,
-    simulate,
-    status,
-    leases,
-    why,
-    units,
-    audit,
-    verify,
-    flush,
-    dump,
-    dead,
-    key,
-    token,
-):
-    penstock.add_command(command)
 
 
 def main() -> NoReturn:

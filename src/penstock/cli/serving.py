@@ -1,4 +1,4 @@
-"""What an API worker serves, whichever hub it is: built in wiring.py over the embedded hub and in topic.py over a Kafka topic."""
+"""What an API worker serves, whichever hub it is: built in workers.py over the embedded hub or a Kafka topic."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from penstock.telemetry.log import Log
 EXIT_HUB_BROKEN: Final = 70
 LOCK_HELD_MOST_S: Final = 5.0
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S, _WELL_AFTER_S = 0.1, 10.0, 30.0
-_TICK_S = 0.2
+_TICK_S, _STARTING_TICK_S = 0.2, 0.02
 _STOP = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _SIGNALS = _STOP | {signal.SIGCHLD}
 _PR_SET_PDEATHSIG = 1
@@ -94,7 +94,7 @@ class Supervisor:
         try:
             while True:
                 self._start_due()
-                got = signal.sigtimedwait(_SIGNALS, _TICK_S)
+                got = signal.sigtimedwait(_SIGNALS, _TICK_S if announced else _STARTING_TICK_S)
                 if got and got.si_signo in _STOP:
                     break
                 self._reap()

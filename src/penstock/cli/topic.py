@@ -11,20 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from penstock.archive.begin import join
-from penstock.archive.hours import refuse_older
-from penstock.archive.ledger import claim
 from penstock.archive.topic import address, is_topic, let_in, reached, topic_of
 from penstock.blobs import BlobStore
-from penstock.blobs.probe import probe
 from penstock.cli.options import beats
-from penstock.cli.serving import Serving
 from penstock.clock import Clock, SystemClock
 from penstock.errors import SettingsError
 from penstock.hub.kafka_security import as_flag
-from penstock.server.topic import NoGroups, build_topic_status, mark
 from penstock.settings import Values
-from penstock.telemetry.log import Log
 from penstock.wire.frame import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -67,6 +60,10 @@ def _in_topic(where: Layout, values: Values) -> Layout:
 
 def prepare(where: Layout, values: Values, store: BlobStore) -> int:
     """Make topic and store, or check that they are as the settings say; the number of partitions. Raises SettingsError, HubUnavailable."""
+    from penstock.archive.begin import join
+    from penstock.archive.hours import refuse_older
+    from penstock.archive.ledger import claim
+    from penstock.blobs.probe import probe
     from penstock.hub.kafka import KafkaHub
     from penstock.hub.kafka_cluster import check_event_hub, create
 
@@ -102,21 +99,3 @@ def opened(
     cluster = let_in(at.servers, where.security)
     with topic_of(store, cluster, at.topic, store_name=name, clock=clock, frame_bytes_max=most) as hub:
         yield hub
-
-
-def serving(hub: KafkaHub, where: Layout, store: BlobStore, clock: Clock, log: Log) -> Serving:
-    """What a worker serves of it."""
-
-    def check() -> None:
-        hub.bounds(0)
-
-    return Serving(
-        hub,
-        groups=NoGroups(),
-        status=lambda throughput: build_topic_status(
-            hub, store, run_folder=where.run, clock=clock, throughput=throughput
-        ),
-        producer=lambda _producer, _owner: None,
-        check=check,
-        keep=lambda stop, _broken: mark(hub, stop, clock, log),
-    )

@@ -61,7 +61,7 @@ def host(values: Values) -> None:
 
 
 def _serve(values: Values, *, whole: bool) -> None:
-    from penstock.cli import archiving, security, wiring
+    from penstock.cli import archiving, security, wiring, workers
     from penstock.cli.supervisor import Part, Supervisor, shared_slots
     from penstock.clock import SystemClock
     from penstock.files import Files
@@ -87,9 +87,9 @@ def _serve(values: Values, *, whole: bool) -> None:
         remove_dead(where.run, files)
 
         def worker(index: int, slot: memoryview) -> Part:
-            name = wiring.worker_name(index)
+            name = workers.worker_name(index)
             return Part(
-                name, lambda: wiring.run_api(index, values, where, listen=listen, admin=admin, held=slot), 0, slot
+                name, lambda: workers.run_api(index, values, where, listen=listen, admin=admin, held=slot), 0, slot
             )
 
         parts = [worker(index, slot) for index, slot in enumerate(shared_slots(values.count("workers")))]
@@ -155,11 +155,10 @@ def _made(where: Layout) -> None:
 
 
 def _answers(address: Address) -> bool:
-    try:
-        socket.create_connection((address.host, address.port), timeout=0.2).close()
-    except OSError:
-        return False
-    return True
+    # Not create_connection: it looks the address up, and for that imports more than all the rest takes.
+    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex((address.host, address.port)) == 0
 
 
 def _announcement(values: Values, where: Layout, listen: Address, admin: Address) -> str:

@@ -42,7 +42,7 @@ BACKOFF_S_MAX = 30.0
 
 
 class Log(Protocol):
-    """What of a structlog logger is used: a fixed sentence and fields."""
+    """What of a logger is used: a fixed sentence and fields."""
 
     def info(self, event: str, **fields: Any) -> Any: ...
     def warning(self, event: str, **fields: Any) -> Any: ...
