@@ -59,7 +59,7 @@ bench: .venv/.dev
 brokers: .venv/.dev .venv/.kafka
 	@exec $(BIN)/python -m tests.brokers
 
-# A good client beside slow and hostile ones, and at three times the capacity; the attacks last SECONDS.
+# A good client beside slow and hostile ones, and at three times the capacity; the attacks last SECONDS. `make test` has a minute of attacks.
 hostile: .venv/.dev
 	$(BIN)/python -m bench.hostile --attack-seconds $(SECONDS) $(ARGS)
 
