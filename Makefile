@@ -37,9 +37,9 @@ AZURITE := $(shell sed -n 's/^AZURITE = "\(.*\)"/\1/p' tests/emulators.py)
 run: .venv/.all
 	@exec $(BIN)/penstock up
 
-# In two processes, each module in one of them: most tests wait for others, not for a processor.
+# In three processes, each module in one of them, in the order of tests/conftest.py: most tests wait for others, not for a processor.
 test: .venv/.dev .venv/.azurite .venv/.kafka
-	$(BIN)/python -m pytest --numprocesses $(or $(PROCESSES),2) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(or $(PROCESSES),3) --dist loadfile --no-loadscope-reorder
 
 fmt: .venv/.dev
 	$(BIN)/ruff format

@@ -4,12 +4,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import emulators, kafka_broker, kafka_doors
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
+# What takes half a minute and more, the longest first. A module is run by one process; one that begins last would keep the run waiting.
+LONGEST = (
+    "e2e/test_kafka_chaos.py",
+    "sim/test_hosts.py",
+    "e2e/test_hostile_run.py",
+    "sim/test_interleavings.py",
+    "bench/test_bench.py",
+    "e2e/test_main_job.py",
+    "e2e/test_http_contract.py",
+    "crash/test_kill.py",
+    "e2e/test_client.py",
+    "crash/test_hosts.py",
+    "blobs/test_cloud.py",
+    "e2e/test_keys.py",
+    "cli/test_up.py",
+    "e2e/test_simulate.py",
+    "e2e/test_kafka_security.py",
+    "e2e/test_operating.py",
+    "e2e/test_cloud_store.py",
+    "e2e/test_quota.py",
+    "fuzz/test_fuzz.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a run in several processes; who runs tests in one process wants to see the quick ones first."""
+    if hasattr(config, "workerinput"):
+        here, place = Path(__file__).parent, {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.relative_to(here).as_posix(), len(place)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 SRC = Path(__file__).parent.parent / "src" / "penstock"
 FUNCTION_LINES_MAX = 60
 MODULE_LINES_MAX = 400
@@ -181,6 +183,11 @@ def test_the_house_is_in_order() -> None:
 def test_every_module_is_in_the_map() -> None:
     parts = {path.name.removesuffix(".py") for path in SRC.iterdir() if path.is_dir() or path.suffix == ".py"}
     assert parts - {"__pycache__"} <= set(MAY_IMPORT)
+
+
+def test_the_longest_modules_of_tests_are_there() -> None:
+    tests = Path(__file__).parent
+    assert [name for name in LONGEST if not (tests / name).is_file()] == []
 
 
 def test_the_total(capsys: pytest.CaptureFixture[str]) -> None:
