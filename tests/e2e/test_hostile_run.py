@@ -17,7 +17,7 @@ from tests.crash.load import Load
 from tests.e2e.oracle import Batch, problems
 from tests.e2e.system import System, rss_anon_kib
 
-SECONDS = float(os.environ.get("PENSTOCK_HOSTILE_S", "10"))
+SECONDS = float(os.environ.get("PENSTOCK_HOSTILE_S", "60"))
 PARTITIONS = 4
 WORKER_GROWTH_KIB_MAX = 250 << 10
 
