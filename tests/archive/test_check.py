@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 
-from penstock.archive.check import audit
+from penstock.archive.check import audit, verify
 from penstock.archive.hours import HourKeeper, Manifest
 from penstock.archive.ledger import lost_name, record_name
 from penstock.archive.skip import skip
+from penstock.blobs import Blob
 from penstock.errors import FrameDamaged
 from penstock.events import Frame, Slice
 from penstock.processor.skip import Order
@@ -309,6 +311,26 @@ def test_a_hub_without_an_archiver_misses_no_ledger_behind_its_retention(rig: Ri
     rig.write_lease(0)
     assert audit(rig.hub, rig.store, archived=False).ok
     assert not audit(rig.hub, rig.store).ok, "somebody has begun to, and what he had not read is gone"
+
+
+def test_the_records_of_a_ledger_are_asked_for_several_at_once(rig: Rig) -> None:
+    """A cloud answers after some 20 ms, and a partition has thousands of files in a year."""
+    for _ in range(8):
+        rig.put(1)
+        rig.close_hour()
+    rig.run()
+    names = {record_name(0, record.first) for record in rig.records()}
+    together = threading.Barrier(len(names), timeout=20)
+
+    class Far(FaultyBlobs):
+        def get(self, name: str) -> Blob:
+            if name in names:
+                together.wait()
+            return super().get(name)
+
+    assert len(names) == 8
+    report = verify(Far(rig.store, lambda _operation, _name: None))
+    assert (report.problems, report.totals.files) == ([], 8)
 
 
 class Dies(Exception):

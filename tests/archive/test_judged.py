@@ -187,6 +187,19 @@ def test_a_deep_audit_names_the_events_of_a_file_that_was_changed(
     assert any(named in problem for problem in rig.audited().problems), rig.audited().problems
 
 
+def test_the_events_of_several_files_are_named(rig: Rig) -> None:
+    fill(rig)
+    for record in rig.records()[:2]:
+        lines = gzip.decompress(rig.store.get(record.file).body).splitlines(keepends=True)
+        rig.replace(record.file, member(b"".join([*lines[1:], b"{}\n"])))
+    first, second, _ = rig.records()
+    said = rig.audited().problems
+    for file, missing in ((first.file, 0), (second.file, 4 << PLACE_BITS)):
+        [named] = [problem for problem in said if problem.startswith(f"{file}: events that")]
+        assert named == f"{file}: events that are missing: {missing}"
+        assert any(problem.startswith(f"{file}: lines that are not in the log: ") for problem in said)
+
+
 def first_record(rig: Rig) -> str:
     return f"_ledger/0/{rig.records()[0].first:020}.json"
 

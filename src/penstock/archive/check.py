@@ -27,6 +27,7 @@ from penstock.wire.members import measure
 
 READ_BYTES_MAX: Final = 4 << 20
 FILES_AT_ONCE: Final = 4
+RECORDS_AT_ONCE: Final = 32
 FILES_QUEUED: Final = 1000
 _DATA: Final = re.compile(r"\d+/")
 _MANIFEST: Final = re.compile(r"_hours/(.+)\.json")
@@ -99,6 +100,8 @@ def chain(store: BlobStore, known: Owner, partition: int, problems: list[str]) -
     """All records of a partition in order. Where the chain is broken, it goes on at the next that is listed."""
     ledger = Ledger(store, known.hub, partition)
     listed = ledger.listed()
+    with ThreadPoolExecutor(RECORDS_AT_ONCE) as readers:  # a cloud is far away, and each record names the next
+        ledger.fetch(listed, readers.map)
     records: list[Link] = []
     read: set[int] = set()
     reached = 0

@@ -1,11 +1,10 @@
 """The audit of a log that has batches twice (a Kafka topic): each event in it is in one file, a copy, a dead letter, lost, or waits.
 
-Nobody counts there what was accepted, so the log itself is judged again, by the rules of the archive's filter (hub/duplicates.py), and
-what it takes of each record's range is compared with the record: the number of events, and with `deep` their bytes; then `verify` compares
-the files with the records. What differs is named event by event.
+Nobody counts there what was accepted, so the log itself is judged again (judging.py), and what it takes of each record's range is compared
+with the record: the number of events, and with `deep` their bytes; then `verify` compares the files with the records. What differs is named
+event by event. What the brokers have deleted, and what lies before the first place where judging can begin, is not compared; that is said.
 
-Judging needs what was known of producers where it begins: nothing, where nothing was ever before; else a state that the filter has kept
-(filter.py). What the brokers have deleted, and what lies before the first such state, is not compared, and that is said.
+One partition after the other is judged, so in memory are what is known of its producers, and the ledger and a row for each hour of all.
 
 It reads only, and may run while the system does: first the lease, then the ledger, then the log's end. So whatever lies below the
 checkpoint that was read has its record or letter, and every record lies below the end. If the brokers delete what is being read, the
@@ -15,21 +14,17 @@ partition is begun anew.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter
-from typing import Final, NamedTuple
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import msgspec
 
-from penstock.archive.begin import passed_ms
-from penstock.archive.check import READ_BYTES_MAX, chain, verify
-from penstock.archive.cut import hour_name, hour_start_ms, period_start_ms
+from penstock.archive.check import chain, verify
 from penstock.archive.differences import COPIES, DEAD, differences, digest_of
-from penstock.archive.filter import dead_name, read_state, states, verdicts
+from penstock.archive.filter import dead_name
 from penstock.archive.hours import archive_lease
+from penstock.archive.judging import Begin, JudgedLog
 from penstock.archive.ledger import Gap, Ledger, Link, Record, owner
 from penstock.archive.letters import places, read_dead
 from penstock.archive.lost import lost_files
@@ -38,22 +33,12 @@ from penstock.blobs import BlobStore
 from penstock.errors import ArchiveError, FrameDamaged, OffsetTrimmed
 from penstock.events import Bounds, Frame, Source
 from penstock.hub import Hub
-from penstock.hub.duplicates import Known, Reason, Share, Verdict
+from penstock.hub.duplicates import Reason, Share, Verdict
 from penstock.processor.lease import Lease
 from penstock.wire.frame import content, crc32
 
 NAMED_FILES: Final = 5
 """Of so many files of a partition the events are named in which they differ."""
-
-Judged = tuple[Frame, str, Sequence[tuple[Source, Share, Verdict]]]
-"""A frame, its hour, and its sources."""
-
-
-class Begin(NamedTuple):
-    """Where judging begins, and what is known there."""
-
-    at: int
-    known: Mapping[str, Known]
 
 
 class Contents(msgspec.Struct):
@@ -83,6 +68,13 @@ class Tally(msgspec.Struct):
     files: defaultdict[int, Contents] = msgspec.field(default_factory=lambda: defaultdict(Contents))
     letters: set[int] = msgspec.field(default_factory=set)
     passed_over: int = 0
+
+
+class Wanted(msgspec.Struct):
+    """What a file is to hold: digests and sequence numbers of its events in order; and what else the log has in its range."""
+
+    events: list[tuple[bytes, int]] = []
+    left: dict[bytes, str] = {}
 
 
 def audit(hub: Hub, store: BlobStore, *, deep: bool = False) -> Report:
@@ -142,20 +134,21 @@ class _Partition:
         self._tail = links[-1].next if links else 0
         self._done = max(int(lease.offset) if lease else 0, self._tail >> self._bits)
         self._deep = deep
-        self._begun: Begin | None = None
+        self._log = JudgedLog(hub, store, partition, lease, links, lost)
+        self._begun: int | None = None
         self._differing: list[Record] = []
 
     def check(self, rows: Rows) -> None:
         bounds, tally = self._passed()
         begin = self._begun
-        self.problems = tally.problems
+        self.problems += tally.problems
         self._ends(bounds)
-        compared = [record for record in self._records if begin is not None and record.first >= begin.at]
+        compared = [record for record in self._records if begin is not None and record.first >= begin]
         self._note(bounds, begin, self._records[: len(self._records) - len(compared)])
         for record in self._records:
             is_lost = record.file in self.lost
             rows.add(record, "lost" if is_lost else "archived")
-            if is_lost or begin is None or record.first < begin.at:
+            if is_lost or begin is None or record.first < begin:
                 # Of a lost file the log has what can be read of it.
                 row = rows.at(record.hour, self.partition)
                 row.logged = (row.logged or 0) + record.events - tally.files[record.first].events
@@ -169,84 +162,37 @@ class _Partition:
             if record.file not in self.lost:
                 self._compare(record, tally.files[record.first])
         if begin is not None:
-            self._letters(begin.at, bounds.next, tally)
+            self._letters(begin, bounds.next, tally)
 
     def named(self, others: Iterable[Record]) -> list[str]:
-        """The events in which files differ from the log: those of `check`, and `others`."""
-        if self._begun is None:
+        """The events in which files differ from the log: those of `check`, and `others`. One file's are in memory at a time."""
+        every = {record.first: record for record in (*self._differing, *others)}
+        chosen = [record for _, record in sorted(every.items())][:NAMED_FILES]
+        if self._begun is None or not chosen:
             return []
-        every = {record.first: record for record in (*self._differing, *others) if record.first >= self._begun.at}
-        chosen = dict(sorted(every.items())[:NAMED_FILES])
-        with contextlib.suppress(OffsetTrimmed, FrameDamaged):  # the first is no fault, the other was told
-            wanted = self._wanted(self._begun, chosen)
-            return [
-                said for first, record in chosen.items() for said in differences(self._store, record, *wanted[first])
-            ]
-        return []
+        said: list[str] = []
+        # The first is no fault, the others were told.
+        with contextlib.suppress(OffsetTrimmed, FrameDamaged, ArchiveError):
+            begin = self._log.begin(self._hub.bounds(self.partition))
+            if begin is not None:
+                for record, wanted in self._wanted(begin, [record for record in chosen if record.first >= begin.at]):
+                    said += differences(self._store, record, wanted.events, wanted.left)
+        return said
 
     def _passed(self) -> tuple[Bounds, Tally]:
         """A pass over the log as it is; again when the brokers delete under it."""
         while True:
             bounds, tally = self._hub.bounds(self.partition), Tally()
             with contextlib.suppress(OffsetTrimmed):
-                self._begun = self._begin(bounds, tally)
-                if self._begun is not None:
-                    try:
-                        for judged in self._walk(self._begun, bounds.next):
+                try:
+                    begin = self._log.begin(bounds)
+                    self._begun = None if begin is None else begin.at
+                    if begin is not None:
+                        for judged in self._log.walk(begin, bounds.next):
                             self._count(tally, *judged)
-                    except FrameDamaged as error:
-                        tally.problems.append(f"{self._here}: {error.detail}")
+                except (FrameDamaged, ArchiveError) as error:
+                    tally.problems.append(f"{self._here}: {error.detail}")
                 return bounds, tally
-
-    def _begin(self, bounds: Bounds, tally: Tally) -> Begin | None:
-        """The first place from which everything is known."""
-        first = bounds.first
-        never = self._lease is None and not self._links
-        leading = 0
-        for link in itertools.takewhile(lambda link: isinstance(link, Gap), self._links):
-            leading = link.next
-        if never or first <= leading:
-            return Begin(first, {})
-        lease = self._lease
-        behind = lease is not None and lease.sequence_number < first <= int(lease.offset) << self._bits
-        try:
-            if lease is not None and behind:  # only markers, copies and dead events lay between: they change nothing
-                state = read_state(self._store, self._hub.id, self.partition, lease.sequence_number)
-                if state is not None or lease.sequence_number <= leading:
-                    return Begin(first, state.producers if state else {})
-            for at in states(self._store, self.partition):
-                state = read_state(self._store, self._hub.id, self.partition, at) if at >= first else None
-                if state is not None:
-                    return Begin(at, state.producers)
-        except ArchiveError as error:
-            tally.problems.append(f"{self._here}: {error.detail}")
-        return None
-
-    def _walk(self, begin: Begin, end: int) -> Iterator[Judged]:
-        """The frames of events from there on, judged. Times are clamped as the archiver does it."""
-        known = dict(begin.known)
-        before = next((record for record in reversed(self._records) if record.next <= begin.at), None)
-        floor_ms = hour_start_ms(before.hour) if before else 0
-        if begin.at > (before.next if before else 0):
-            floor_ms = passed_ms(self._hub, self.partition, begin.at >> self._bits, floor_ms)
-        offset = begin.at >> self._bits
-        while offset << self._bits < end:
-            try:
-                read = self._hub.read(self.partition, str(offset), bytes_max=READ_BYTES_MAX)
-            except FrameDamaged:
-                if not self._is_passed_over(self._link(offset << self._bits)):
-                    raise
-                offset += 1  # somebody's order has passed over it (skip.py)
-                continue
-            for frame in read.frames:
-                if frame.first >= end:
-                    return
-                floor_ms = max(floor_ms, frame.enqueued_at_ms)
-                if not frame.is_marker:
-                    frame = msgspec.structs.replace(frame, enqueued_at_ms=floor_ms)
-                    hour = hour_name(period_start_ms(floor_ms, self._hub.period_s), self._hub.period_s)
-                    yield frame, hour, list(verdicts(known, frame, self._hub.period_s))
-            offset = int(read.next_offset)
 
     def _count(self, tally: Tally, frame: Frame, hour: str, judged: Sequence[tuple[Source, Share, Verdict]]) -> None:
         counts = tally.hours[hour]
@@ -261,7 +207,7 @@ class _Partition:
             if verdict.reason is not None:
                 self._dead(tally, counts, frame, source, share, verdict.reason, end, at)
         events = sum(end - begin for begin, end in keep)
-        link = self._link(frame.first)
+        link = self._log.link(frame.first)
         if not events:
             return
         if link is None:
@@ -281,14 +227,6 @@ class _Partition:
                     ndjson = b"".join([line for begin, end in keep for line in lines[begin:end]])
                 found.raw_bytes += len(ndjson)
                 found.crc = crc32(ndjson, found.crc)
-
-    def _is_passed_over(self, link: Link | None) -> bool:
-        return isinstance(link, Gap) or (link is not None and link.file in self.lost)
-
-    def _link(self, number: int) -> Link | None:
-        """The record that it lies in."""
-        at = bisect_right(self._links, number, key=attrgetter("first")) - 1
-        return self._links[at] if at >= 0 and number < self._links[at].next else None
 
     def _dead(
         self,
@@ -310,7 +248,7 @@ class _Partition:
         except ArchiveError as error:
             tally.problems.append(error.detail)
             return
-        if letter is None and self._is_passed_over(self._link(frame.first)):
+        if letter is None and self._log.is_passed_over(self._log.link(frame.first)):
             counts.lost += end - begin
             return
         if letter is None:
@@ -336,16 +274,14 @@ class _Partition:
                 f"the log begins at offset {first}, the archive ends at {self._done}: events between are in neither"
             )
 
-    def _note(self, bounds: Bounds, begin: Begin | None, before: Sequence[Record]) -> None:
+    def _note(self, bounds: Bounds, begin: int | None, before: Sequence[Record]) -> None:
         first = bounds.first >> self._bits
         if begin is None:
             self.notes.append(
                 f"{self._here}: nothing is compared. The log begins at offset {first}, and what was known of producers there is not kept."
             )
         elif before:
-            unknown = (
-                f", and of what is known of producers at {begin.at >> self._bits}" if begin.at > bounds.first else ""
-            )
+            unknown = f", and of what is known of producers at {begin >> self._bits}" if begin > bounds.first else ""
             self.notes.append(
                 f"{self._here}: the log begins at offset {first}{unknown}. {len(before)} files before that, up to {before[-1].file}, are "
                 "not compared with it."
@@ -372,25 +308,27 @@ class _Partition:
         if tally.passed_over:
             self._say(f"{tally.passed_over} events lie before the checkpoint and are in no file")
 
-    def _wanted(
-        self, begin: Begin, chosen: Mapping[int, Record]
-    ) -> dict[int, tuple[list[tuple[bytes, int]], dict[bytes, str]]]:
-        """For each record the digests and numbers of its events in order, and what else the log has in its range."""
-        wanted: dict[int, tuple[list[tuple[bytes, int]], dict[bytes, str]]] = {first: ([], {}) for first in chosen}
-        for frame, _, judged in self._walk(begin, max((record.next for record in chosen.values()), default=0)):
-            link = self._link(frame.first)
-            if link is None or link.first not in wanted:
+    def _wanted(self, begin: Begin, chosen: Sequence[Record]) -> Iterator[tuple[Record, Wanted]]:
+        """For each of these records, in order, what the log has in its range."""
+        left = deque(chosen)
+        wanted = Wanted()
+        for frame, _, judged in self._log.walk(begin, chosen[-1].next if chosen else 0):
+            while left and left[0].next <= frame.first:
+                yield left.popleft(), wanted
+                wanted = Wanted()
+            if not left or frame.first < left[0].first:
                 continue
-            events, left = wanted[link.first]
             digests = [digest_of(line) for line in content(frame).splitlines(keepends=True)]
             at = 0
             for source, _, verdict in judged:
                 begin_at, end_at = at + verdict.left_out, at + verdict.left_out + verdict.taken
-                left.update(dict.fromkeys(digests[at:begin_at], COPIES))
-                events += [(digests[place], frame.first + place) for place in range(begin_at, end_at)]
+                wanted.left.update(dict.fromkeys(digests[at:begin_at], COPIES))
+                wanted.events += [(digests[place], frame.first + place) for place in range(begin_at, end_at)]
                 at += source.count
-                left.update(dict.fromkeys(digests[end_at:at], DEAD))
-        return wanted
+                wanted.left.update(dict.fromkeys(digests[end_at:at], DEAD))
+        for record in left:
+            yield record, wanted
+            wanted = Wanted()
 
     @property
     def _here(self) -> str:

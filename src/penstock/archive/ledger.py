@@ -13,8 +13,8 @@ is none at all. So a listing may be used to find a place to begin, as a hint tha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Final, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol, TypeAlias
 
 import msgspec
 
@@ -70,6 +70,12 @@ class Gap(msgspec.Struct, frozen=True, gc=False):
 
 Link: TypeAlias = Record | Gap
 """A record of a chain. Only a gap has a reason."""
+
+
+class Each(Protocol):
+    """`map`, or a pool's."""
+
+    def __call__(self, act: Callable[[int], bytes | None], numbers: Sequence[int], /) -> Iterator[bytes | None]: ...
 
 
 class _Kind(msgspec.Struct, frozen=True):
@@ -141,14 +147,17 @@ class Ledger:
         self._store = store
         self._hub_id = hub_id
         self._partition = partition
+        self._fetched: dict[int, bytes] = {}
+
+    def fetch(self, numbers: Sequence[int], each: Each) -> None:
+        """Read the records at these places, of which a listing tells, for the `chain` that will come to them. They never change."""
+        bodies = zip(numbers, each(self._body, numbers), strict=True)
+        self._fetched = {first: body for first, body in bodies if body is not None}
 
     def read(self, first: int) -> Link | None:
         """The record at `first`; None if it is undecided what comes there. Raises ArchiveError if it is not right."""
-        try:
-            blob = self._store.get(record_name(self._partition, first))
-        except BlobNotFound:
-            return None
-        return self._checked(blob.body, first, record_name(self._partition, first))
+        body = self._fetched.pop(first, None) or self._body(first)
+        return None if body is None else self._checked(body, first, record_name(self._partition, first))
 
     def create(self, record: Link) -> Link:
         """Decide what comes there, or learn how it was decided: returns the record that stands, `record` or another's.
@@ -219,6 +228,12 @@ class Ledger:
     def _shown(self, pattern: re.Pattern[str]) -> Iterator[int]:
         names = (pattern.fullmatch(blob.name) for blob in self._store.list(f"_ledger/{self._partition}/"))
         return (int(match[1]) for match in names if match)
+
+    def _body(self, first: int) -> bytes | None:
+        try:
+            return self._store.get(record_name(self._partition, first)).body
+        except BlobNotFound:
+            return None
 
     def _hints(self, first: int) -> list[int]:
         return [max(earlier)] if (earlier := [n for n in self.listed() if n < first]) else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 import msgspec
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from penstock.archive.report import Report
     from penstock.cli.wiring import Layout
     from penstock.settings import Values
+
+ROWS_SHOWN: Final = 1000
+"""A table of the hours of a year is for nobody, and takes minutes to be drawn."""
 
 
 @click.command()
@@ -72,12 +75,14 @@ def _print(report: Report, as_json: bool, good: str) -> None:
         from rich.table import Table
 
         judged = any(row.copies is not None for row in report.rows)
-        without = {*(() if judged else ("copies", "dead")), *(() if report.totals.lost else ("lost",))}
+        without = {*(("accepted",) if judged else ("copies", "dead")), *(() if report.totals.lost else ("lost",))}
         names = [name for name in report.totals.__struct_fields__ if name not in without]
         out = console()
         table = Table("hour", "partition", *(name.replace("_", " ") for name in names))
-        for row in report.rows:
+        for row in report.rows[-ROWS_SHOWN:]:
             table.add_row(row.hour, str(row.partition), *(_cell(getattr(row, name)) for name in names))
+        if len(report.rows) > ROWS_SHOWN:
+            table.caption = f"and {len(report.rows) - ROWS_SHOWN:,} rows of earlier hours: --json has them all"
         table.add_section()
         table.add_row("all", "", *(_cell(getattr(report.totals, name)) for name in names), style="bold")
         out.print(table)
