@@ -160,7 +160,7 @@ class Brokers:
 
 def made_topic(at: Brokers, partitions: int) -> tuple[Cluster, str]:
     """A topic that nobody has used, and a client of its brokers."""
-    from penstock.hub.kafka_cluster import create
+    from penstock.hub.kafka_topic import create
 
     topic = at.fresh_topic()
     create(at.client, topic, partitions=partitions, replicas=1, in_sync=1, retention_s=7 * 86_400)

@@ -30,7 +30,8 @@ import pytest
 from penstock.clock import SystemClock
 from penstock.errors import HubUnavailable
 from penstock.hub.kafka import KafkaHub
-from penstock.hub.kafka_cluster import DELIVERY_S, Cluster, create
+from penstock.hub.kafka_cluster import DELIVERY_S, Cluster
+from penstock.hub.kafka_topic import create
 from tests.balancer import Balancer
 from tests.crash.load import Load
 from tests.e2e.http_client import Answer, post_numbered

@@ -19,7 +19,8 @@ from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 from penstock.errors import FrameDamaged, HubError, HubUnavailable, NotFound, OffsetTrimmed, SettingsError
 from penstock.events import Appended, Batch, Frame, FrameKind, Group
 from penstock.hub.kafka import PLACE_BITS, KafkaHub
-from penstock.hub.kafka_cluster import Address, Cluster, create, parse_url
+from penstock.hub.kafka_cluster import Address, Cluster, parse_url
+from penstock.hub.kafka_topic import create
 from penstock.hub.kafka_writing import Outgoing, Writer
 from penstock.testing import FakeClock
 from penstock.wire.draft import drafts

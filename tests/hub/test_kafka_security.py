@@ -13,8 +13,9 @@ from penstock.errors import HubUnavailable, SettingsError
 from penstock.events import Batch, Group
 from penstock.hub.duplicates import Share, pack_owners, pack_shares
 from penstock.hub.kafka import KafkaHub
-from penstock.hub.kafka_cluster import RECORD_BYTES_MIN, Cluster, create
+from penstock.hub.kafka_cluster import Cluster
 from penstock.hub.kafka_security import Security
+from penstock.hub.kafka_topic import RECORD_BYTES_MIN, create
 from penstock.testing import FakeClock
 from penstock.wire.draft import drafts
 from penstock.wire.frame import FRAME_BYTES_MAX, content

@@ -65,7 +65,7 @@ def prepare(where: Layout, values: Values, store: BlobStore) -> int:
     from penstock.archive.ledger import claim
     from penstock.blobs.probe import probe
     from penstock.hub.kafka import KafkaHub
-    from penstock.hub.kafka_cluster import check_event_hub, create
+    from penstock.hub.kafka_topic import check_event_hub, create
 
     probe(store, name=where.store_name)
     at, period_s = address(where.topic), int(values.seconds("period"))

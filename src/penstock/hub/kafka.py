@@ -29,8 +29,9 @@ from penstock.errors import FrameDamaged, HubError, NotFound, SettingsError
 from penstock.events import Appended, Batch, Bounds, Frame, FrameKind, Slice
 from penstock.hub import Refused
 from penstock.hub.duplicates import Share, pack_owners, pack_shares
-from penstock.hub.kafka_cluster import READ, Cluster, described
+from penstock.hub.kafka_cluster import READ, Cluster
 from penstock.hub.kafka_reading import Readers
+from penstock.hub.kafka_topic import described
 from penstock.hub.kafka_writing import OWNERS, SHARES, Outgoing, Writer
 from penstock.wire import frame
 from penstock.wire.draft import Draft, drafts

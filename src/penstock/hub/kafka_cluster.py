@@ -1,4 +1,4 @@
-"""A Kafka cluster as this process reaches it: its address, its clients, what their errors mean, and the topic that is a hub.
+"""A Kafka cluster as this process reaches it: its address, its clients, and what their errors mean.
 
 The clients are librdkafka's and have threads: a `Cluster` is made after the fork of its process. What the settings are for is said
 beside them; where they were measured: docs/kafka.md.
@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from enum import Enum
 from typing import Final, NamedTuple
@@ -22,7 +22,6 @@ from confluent_kafka.admin import (
     AdminClient,
     ConfigEntry,
     ConfigResource,
-    NewTopic,
     TopicDescription,
 )
 
@@ -38,15 +37,12 @@ EVENT_HUBS_DELIVERY_S: Final = 20.0
 """Half of it is for one request, and Event Hubs asks producers for 10 s."""
 ANSWER_S: Final = 5.0
 PATIENCE_S: Final = 5.0
-KNOWN_S: Final = 3.0
 RETRY_S: Final = 0.1
 OTHERS_S: Final = 1.0
 STARTS: Final = 3
 """Who begins waits so many times as long as for any other answer: more than the session of a broker that stands still."""
 _POLL_S: Final = 0.05
 RETRY_AFTER_S: Final = 2.0
-RECORD_BYTES_MIN: Final = 1_000_000
-"""What the topic must take: a frame with its sources is smaller. Azure Event Hubs takes 1 MiB."""
 
 _ADDRESS = re.compile(r"kafka://([A-Za-z0-9._:\[\],-]+)/([A-Za-z0-9._-]{1,249})")
 _SERVER = re.compile(r"(?:\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
@@ -66,8 +62,8 @@ _FINAL = frozenset(
         KafkaError._UNSUPPORTED_FEATURE,
     )
 )
-_FORBIDDEN = frozenset((KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED))
-_UNTOLD = frozenset((*_FORBIDDEN, KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE))
+FORBIDDEN = frozenset((KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED))
+_UNTOLD = frozenset((*FORBIDDEN, KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE))
 _MOVED = frozenset(
     (KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError.NOT_LEADER_FOR_PARTITION)
 )
@@ -255,7 +251,7 @@ class Cluster:
         except KafkaException as error:
             if code_of(error) == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return None
-            if code_of(error) in _FORBIDDEN:
+            if code_of(error) in FORBIDDEN:
                 raise self.forbidden(f"see the topic {topic}") from error
             raise self.unavailable(error) from error
         [description] = found.values()
@@ -290,7 +286,7 @@ class Cluster:
     def unavailable(self, error: object, act: str = "") -> HubUnavailable:
         """What a foreign error means to whoever asked, with what the brokers say beside it. `act`: what a right may lack for."""
         inner = error.args[0] if isinstance(error, KafkaException) and error.args else error
-        if act and isinstance(inner, KafkaError) and inner.code() in _FORBIDDEN:
+        if act and isinstance(inner, KafkaError) and inner.code() in FORBIDDEN:
             detail = f"The Kafka brokers at {self.servers} do not let {self._security.who} {act}."
             return HubUnavailable(detail, retry_after_s=RETRY_AFTER_S)
         text = inner.str() if isinstance(inner, KafkaError) else str(inner) or type(inner).__name__
@@ -325,98 +321,3 @@ def code_of(error: KafkaException) -> int:
     """librdkafka's code."""
     inner = error.args[0] if error.args else None
     return inner.code() if isinstance(inner, KafkaError) else 0
-
-
-def create(
-    cluster: Cluster, topic: str, *, partitions: int, replicas: int, in_sync: int, retention_s: float
-) -> Sequence[str]:
-    """Make the topic, or check the one that is there; the names of settings that the brokers do not tell, which were not checked.
-
-    Raises SettingsError that names everything that does not fit, HubUnavailable.
-    """
-    wanted = {
-        "message.timestamp.type": "LogAppendTime",
-        "cleanup.policy": "delete",
-        "retention.ms": str(int(retention_s * 1000)),
-        "retention.bytes": "-1",
-        "min.insync.replicas": str(in_sync),
-        "unclean.leader.election.enable": "false",
-    }
-    found = cluster.describe(topic)
-    if found is None:
-        new = NewTopic(topic, num_partitions=partitions, replication_factor=replicas, config=wanted)
-        try:
-            cluster.answers(
-                lambda: cluster.admin.create_topics([new], request_timeout=cluster.answer_s), patience_s=cluster.start_s
-            )
-        except KafkaException as error:
-            if code_of(error) in _FORBIDDEN:
-                raise cluster.forbidden(f"create the topic {topic}") from error
-            if code_of(error) != KafkaError.TOPIC_ALREADY_EXISTS:  # another API was faster
-                raise SettingsError(
-                    f"The topic {topic} with {partitions} partitions, --replicas {replicas} and --in-sync-replicas {in_sync} "
-                    f"cannot be created: {error.args[0].str()}"
-                ) from error
-        found = described(cluster, topic)
-        if found is None:
-            raise HubUnavailable(f"The topic {topic} was created, and the brokers at {cluster.servers} do not know it.")
-    return _checked(cluster, topic, found, wanted, partitions, replicas)
-
-
-def check_event_hub(cluster: Cluster, topic: str, *, partitions: int | None, retention_s: float) -> Sequence[str]:
-    """As `create`, for an event hub: whoever owns it makes it, and Azure replicates it. Without `partitions`: as many as it has."""
-    found = described(cluster, topic)
-    if found is None:
-        raise SettingsError(
-            f"There is no event hub {topic} at {cluster.servers}. Make it in Azure, with its partitions and a retention of "
-            f"{retention_s / 3600:.0f} h: no client can."
-        )
-    wanted = {
-        "message.timestamp.type": "LogAppendTime",
-        "cleanup.policy": "delete",
-        "retention.ms": str(int(retention_s * 1000)),
-    }
-    return _checked(cluster, topic, found, wanted, partitions or found.partitions, 0)
-
-
-def _checked(
-    cluster: Cluster, topic: str, found: Topic, wanted: Mapping[str, str], partitions: int, replicas: int
-) -> Sequence[str]:
-    cluster.needs(WRITE, topic, found)
-    told = cluster.settings_of(topic, patience_s=cluster.start_s)
-    wrong = _misfits(found, told, wanted, partitions, replicas)
-    if wrong:
-        raise SettingsError(
-            f"The topic {topic} is there and does not fit: {'; '.join(wrong)}. Nothing was touched: change the topic, or what is asked for."
-        )
-    return [name for name in wanted if name not in told]
-
-
-def described(cluster: Cluster, topic: str) -> Topic | None:
-    """Of a topic that was just made not all brokers know yet. None: there is none. Raises HubUnavailable."""
-    until = cluster.clock.monotonic() + KNOWN_S
-    while (found := cluster.describe(topic)) is None and cluster.clock.monotonic() < until:
-        cluster.clock.wait(threading.Event(), RETRY_S)
-    return found
-
-
-def _misfits(
-    found: Topic, settings: Mapping[str, str], wanted: Mapping[str, str], partitions: int, replicas: int
-) -> list[str]:
-    wrong = []
-    if found.partitions != partitions:
-        wrong.append(f"it has {found.partitions} partitions, not {partitions}")
-    if found.replicas < replicas:
-        wrong.append(f"it has {found.replicas} replicas, not {replicas}")
-    for name in ("message.timestamp.type", "cleanup.policy", "retention.bytes", "unclean.leader.election.enable"):
-        if name in settings and settings[name] != wanted.get(name, settings[name]):
-            wrong.append(f"{name} is {settings[name]}, not {wanted[name]}")
-    for name, least in (
-        ("retention.ms", int(wanted["retention.ms"])),
-        ("min.insync.replicas", int(wanted.get("min.insync.replicas", "0"))),
-        ("max.message.bytes", RECORD_BYTES_MIN),
-    ):
-        has = int(settings.get(name, least))
-        if 0 <= has < least:
-            wrong.append(f"{name} is {has}, less than {least}")
-    return wrong
