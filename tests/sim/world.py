@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 from penstock.archive import archiver, begin, check
 from penstock.archive.hours import ARCHIVE_GROUP, manifest_name
-from penstock.archive.ledger import Gap, claim
+from penstock.archive.ledger import Gap, Record, claim
 from penstock.blobs import Listed
 from penstock.errors import PenstockError
 from penstock.processor import skip
@@ -50,6 +50,7 @@ POLL_S = 3.0
 
 BALANCED_S = 2 * LEASE_S
 ARCHIVED_S = 20 * LEASE_S
+ENDLESS_S = 200 * LEASE_S
 ORDERS_MAX = 100
 
 
@@ -175,6 +176,8 @@ class World:
                 raise Violation(f"not even {since_s:.0f} s after the last fault: {self._table()}")
             if since_s > ARCHIVED_S:
                 raise Violation(f"not everything is archived {since_s:.0f} s after the last fault: {self._table()}")
+            if self.scheduler.now - self.quiet_at > ENDLESS_S:
+                raise Violation(f"hosts make trouble without end: {self._table()}")
         owners, troubled_until = self.owners(), self.troubled_until
         self._pass_time(LEASE_S)
         # A lease with an epoch that was there before may hide its owner for long; who sees it then evens out.
@@ -265,13 +268,18 @@ class World:
             elif not self._is_ordered(partition):
                 self.skip(partition, EARLIEST, forced=False)
         for lease in self._leases() if self.skips else ():
-            link = self.blobs.link(lease.partition, lease.sequence_number) if lease is not None else None
-            if isinstance(link, Gap) and link.reason.startswith(SKIPPED) and not self._is_ordered(link.partition):
-                self.skip(
-                    link.partition, link.offset_next, forced=True
-                )  # who ordered it did not come to move the lease
+            gap = self._gap_behind(lease)
+            if gap is not None and not self._is_ordered(gap.partition):
+                self.skip(gap.partition, gap.offset_next, forced=True)  # who ordered it did not come to move the lease
         if self.orders > ORDERS_MAX:
             raise Violation(f"orders to skip do not help: {self._table()}")
+
+    def _gap_behind(self, lease: Lease | None) -> Gap | None:
+        """What was ordered to be left out and is not, behind files that are all there."""
+        link = self.blobs.link(lease.partition, lease.sequence_number) if lease is not None else None
+        while isinstance(link, Record) and self.blobs.there(link.file):
+            link = self.blobs.link(link.partition, link.next)
+        return link if isinstance(link, Gap) and link.reason.startswith(SKIPPED) else None
 
     def _is_ordered(self, partition: int) -> bool:
         self.note_trouble()
