@@ -59,20 +59,21 @@ def _again(number: str, lines: list[bytes]) -> str:
     return f"{number.rpartition('=')[0]}={hashlib.sha256(body).hexdigest()}"
 
 
-def gateway(api: StrictApi, *, faults: bool) -> Gateway:
+def gateway(api: StrictApi, *, faults: bool, knows_numbers: bool = True) -> Gateway:
     return Gateway(
         "sim-run-0",
         api,
         misconduct=api if faults else None,
+        knows_numbers=knows_numbers,
         chance=random.Random(7),
         clock=FakeClock(jumps=True),
         stop=threading.Event(),
     )
 
 
-def send(api: StrictApi, *, faults: bool = False) -> Tally:
+def send(api: StrictApi, *, faults: bool = False, knows_numbers: bool = True) -> Tally:
     """Rounds of one event of each device."""
-    one = gateway(api, faults=faults)
+    one = gateway(api, faults=faults, knows_numbers=knows_numbers)
     for n in range(ROUNDS):
         one.put([b'{"deviceId":"sim-run-%d","n":%d}' % (device, n) for device in range(DEVICES)], reconnect=n % 9 == 0)
     one.close()
@@ -114,6 +115,15 @@ def _takes_all(api: MemoryApi, body: bytes, number: str) -> Answer:
     producer, sequence = number.split(";")[0], number.split("sequence=")[1].split(";")[0]
     events = len(gzip.decompress(body).splitlines())
     return answer(200, {"batch": f"{producer}:1:{sequence}", "accepted": events, "duplicate": True, "rejected": []})
+
+
+def test_where_readers_judge_numbers_whatever_comes_under_one_is_to_be_taken() -> None:
+    api = StrictApi(*[_forgets_numbers] * 1000)
+    tally = send(api, faults=True, knows_numbers=False)
+    assert (tally.problems, tally.accepted, tally.duplicates) == ([], ROUNDS * DEVICES, 0)
+    assert tally.copies >= 3 * DEVICES
+    reused = tally.faults["number reused"]
+    assert len(api.stored) > ROUNDS * DEVICES + tally.copies + reused * DEVICES > ROUNDS * DEVICES + tally.copies
 
 
 @pytest.mark.parametrize(

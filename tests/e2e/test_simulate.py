@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import http.client
@@ -12,6 +13,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,6 +24,9 @@ import pytest
 from tests.e2e.oracle import archived
 from tests.e2e.system import System, wait_for
 from tests.e2e.test_main_job import FLIGHTS
+from tests.e2e.topic_system import TopicSystem
+from tests.emulators import Emulator
+from tests.kafka_broker import Brokers
 
 SHORT = ("--devices", "200", "--rate", "2000", "--seconds", "2s", "--gateways", "4")
 FAULTS = {"answer not awaited", "body cut", "gzip cut", "no valid event", "number reused", "slow body", "wrong sha256"}
@@ -70,6 +75,42 @@ def test_faults_are_answered_as_they_should_be_while_others_send_and_a_worker_di
     assert set(report["faults"]) == FAULTS
     assert sum(system.ends()) == 8000 + 5000
     check_archive(system, 8000)
+
+
+def test_on_a_topic_what_is_there_again_is_left_out(make_system: Make, kafka: Brokers, azurite: Emulator) -> None:
+    """The API takes copies, and other bytes under a used number, and leaves both to readers. What is wrong is seen all the same."""
+    kind = functools.partial(TopicSystem, kafka=kafka, azurite=azurite)
+    system = make_system(kind=kind, partitions=4, period="2s").start()
+    assert isinstance(system, TopicSystem)
+    many = ("--gateways", "16", "--seconds", "4s", "--faults", "--json")
+    done = system.run("simulate", "--url", system.url, *system.places, *SHORT, *many)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"], report["problems"]) == (0, True, []), done
+    assert (report["accepted"], report["found"], report["unanswered"], report["audited"]) == (8000, 8000, 0, True)
+    assert (set(report["faults"]), report["duplicates"] > report["copies"] > 0) == (FAULTS, True)
+    check_archive(system, 8000)
+    dead = [json.loads(path.read_bytes()) for path in system.store.glob("_dead/*/*.json")]
+    assert {one["reason"] for one in dead} == {"number_reused"}
+
+    some = ("--devices", "5", "--rate", "400", "--seconds", "2", "--gateways", "1", "--timeout", "1s")
+    told = {
+        honest: "ok: the hub has each accepted event once, in order",
+        loses: "events were accepted, and are not in the hub",
+        swaps: "devices have other bytes in the hub than were accepted, or another order",
+        forgets: "events more are in the hub than were accepted",
+    }
+
+    def simulated(tamper: Tamper) -> tuple[int, str]:
+        with proxy(system.url, tamper) as url:
+            done = system.run("simulate", "--url", url, *some)
+        return done.returncode, re.sub(r"\s+", " ", done.stdout.decode())
+
+    with ThreadPoolExecutor(len(told)) as pool:
+        found = dict(zip(told, pool.map(simulated, told), strict=True))
+    for tamper, says in told.items():
+        code, said = found[tamper]
+        assert (code, says in said) == (int(tamper is not honest), True), said
+    assert system.stop() == 0
 
 
 def test_it_says_for_people_what_happened_and_ends_early_when_told(system: System) -> None:
@@ -161,7 +202,7 @@ def proxy(api: str, tamper: Tamper) -> Iterator[str]:
             self.reply(status, reply, "")
 
         def do_GET(self) -> None:
-            status, body, headers = exchange("GET", self.path, b"", {})
+            status, body, headers = exchange("GET", self.path, b"", {"Accept": self.headers["Accept"] or "*/*"})
             self.reply(status, body, headers.get("Penstock-Next-Offset", ""))
 
         def reply(self, status: int, body: bytes, following: str) -> None:

@@ -89,7 +89,9 @@ def fetch(api: Access, path: str, *, method: str = "GET", body: bytes = b"") -> 
     return fetch_all(api, path, method=method, body=body)[0]
 
 
-def fetch_all(api: Access, path: str, *, method: str = "GET", body: bytes = b"") -> tuple[bytes, Mapping[str, str]]:
+def fetch_all(
+    api: Access, path: str, *, method: str = "GET", body: bytes = b"", accept: str = ""
+) -> tuple[bytes, Mapping[str, str]]:
     """The same with the headers of the answer, their names in lower case."""
     import http.client
 
@@ -97,7 +99,8 @@ def fetch_all(api: Access, path: str, *, method: str = "GET", body: bytes = b"")
     connection = api.connection(timeout_s=_TIMEOUT_S)
     try:
         sent = body if method in ("POST", "PUT") else None
-        connection.request(method, api.base + path, sent, dict(api.headers()))
+        headers = {**api.headers(), **({"Accept": accept} if accept else {})}
+        connection.request(method, api.base + path, sent, headers)
         with connection.getresponse() as answer:
             received = answer.read()
     except (OSError, http.client.HTTPException) as error:

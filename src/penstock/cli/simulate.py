@@ -18,7 +18,7 @@ import msgspec
 
 from penstock.cli.options import as_json, console, settings
 from penstock.cli.reach import api
-from penstock.cli.recount import Recount, ends, recount
+from penstock.cli.recount import Hub, Recount, ends, recount
 
 if TYPE_CHECKING:
     from penstock.access import Access
@@ -33,8 +33,9 @@ _PROBLEMS_MAX = 20
 class Simulated(msgspec.Struct):
     """`ok`: everything was answered as it should be, and the hub has it. `copies` of `duplicates` were posted again on purpose.
 
-    `unanswered` events may be in the hub or not. `found` is how many of this run the hub has; `audited`, whether its data folder is
-    on this machine and was audited. `kept_up`: the last answer came within a second of the planned end.
+    Duplicates are recognised when they are answered; on a Kafka topic by the recount, as by all who read it. `unanswered` events may be
+    in the hub or not. `found` is how many of this run the hub has; `audited`, whether its data folder is on this machine, or its topic
+    was named with --hub, and was audited. `kept_up`: the last answer came within a second of the planned end.
     """
 
     ok: bool
@@ -69,10 +70,12 @@ def simulate(values: Values, as_json: bool) -> None:
 
     Exit 1 if it does not, if an answer was wrong, or if something was not answered.
     """
+    from penstock.cli import topic, wiring
     from penstock.client.fleet import Fleet
     from penstock.client.simulate import Schedule
     from penstock.clock import SystemClock
 
+    where = topic.asked(wiring.layout(values), values)
     to, clock, name = api(values), SystemClock(), secrets.token_hex(4)
     before = ends(to)
     count = min(values.count("gateways"), values.count("devices"))
@@ -86,7 +89,7 @@ def simulate(values: Values, as_json: bool) -> None:
         seed=values.count("seed"),
         began_ms=clock.now_ms(),
     )
-    gateways = [_gateway(to, f"sim-{name}-{number}", values, stop) for number in range(count)]
+    gateways = [_gateway(to, f"sim-{name}-{number}", before, values, stop) for number in range(count)]
     tallies = [gateway.tally for gateway in gateways]
     with _ctrl_c() as ended, _progress(tallies, seconds) as moved:
         schedule = Schedule(
@@ -94,14 +97,14 @@ def simulate(values: Values, as_json: bool) -> None:
         )
         took_s = schedule.run(seconds, moved)
         early = ended.is_set()
-    counted = recount(to, before, b'{"deviceId":"sim-%b-' % name.encode(), tallies, values)
+    counted = recount(to, before, b'{"deviceId":"sim-%b-' % name.encode(), tallies, where, values)
     report = _report(fleet, tallies, counted, took_s, seconds, values.count("seed"))
     _print(report, early, as_json)
     if not report.ok:
         raise click.exceptions.Exit(1)
 
 
-def _gateway(to: Access, producer: str, values: Values, stop: threading.Event) -> Gateway:
+def _gateway(to: Access, producer: str, hub: Hub, values: Values, stop: threading.Event) -> Gateway:
     from penstock.client.gateway import Gateway
     from penstock.client.misconduct import HttpMisconduct
     from penstock.client.transport import HttpTransport
@@ -112,6 +115,7 @@ def _gateway(to: Access, producer: str, values: Values, stop: threading.Event) -
         producer,
         HttpTransport(to, timeout_s=timeout_s),
         misconduct=HttpMisconduct(to, timeout_s=timeout_s, clock=clock) if values.flag("faults") else None,
+        knows_numbers=hub.knows_numbers,
         chance=random.Random(f"{values.count('seed')} {producer.rpartition('-')[2]}"),
         clock=clock,
         stop=stop,
@@ -181,7 +185,7 @@ def _report(
         accepted=accepted,
         rejected=rejected,
         unanswered=unanswered,
-        duplicates=sum(tally.duplicates for tally in tallies),
+        duplicates=sum(tally.duplicates for tally in tallies) + counted.copies,
         copies=sum(tally.copies for tally in tallies),
         retries=sum(tally.retries for tally in tallies),
         faults=dict(sum((tally.faults for tally in tallies), Counter())),

@@ -116,7 +116,10 @@ class _Batch(msgspec.Struct, frozen=True):
 
 
 class Gateway:
-    """`put` and `close` are for the thread of the schedule, `run` is the gateway's own. `misconduct` is there if there are to be faults."""
+    """`put` and `close` are for the thread of the schedule, `run` is the gateway's own. `misconduct` is there if there are to be faults.
+
+    `knows_numbers`: the hub recognises a number that was used when it answers. Else it takes what comes under one, and readers judge.
+    """
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class Gateway:
         transport: Transport,
         *,
         misconduct: Misconduct | None,
+        knows_numbers: bool = True,
         chance: random.Random,
         clock: Clock,
         stop: threading.Event,
@@ -131,6 +135,7 @@ class Gateway:
         self.tally = Tally(producer)
         self._transport = transport
         self._misconduct = misconduct
+        self._knows_numbers = knows_numbers
         self._chance = chance
         self._clock = clock
         self._stop = stop
@@ -186,7 +191,7 @@ class Gateway:
         slow = self._misconduct if fault == "slow body" else None
         settled = self._settle(batch, slow.dawdle if slow else self._post)
         if settled and fault == "number reused":
-            self._refused(batch, _zipped([*batch.lines, batch.lines[0]]), "number_reused")
+            self._reuse(batch)
         if settled and self._sequence % _COPY_EVERY == _COPY_FIRST:
             self._copy(batch)
 
@@ -245,8 +250,22 @@ class Gateway:
         if isinstance(answered, Settled):
             self.tally.copies += answered.accepted
             self.tally.duplicates += answered.accepted if answered.duplicate else 0
-        if not isinstance(answered, Again) and not (isinstance(answered, Settled) and answered.duplicate):
+        as_it_should = isinstance(answered, Settled) and (answered.duplicate or not self._knows_numbers)
+        if not as_it_should and not isinstance(answered, Again):
             self._say(f"{batch.echo}: it was posted again after its answer, and not recognised: {_words(answered)}")
+
+    def _reuse(self, batch: _Batch) -> None:
+        """Post other bytes under the number of a batch that was answered."""
+        lines = [*batch.lines, batch.lines[0]]
+        other = msgspec.structs.replace(batch, lines=lines, body=_zipped(lines))
+        if self._knows_numbers:
+            self._refused(other, other.body, "number_reused")
+            return
+        answered = self._ask(other, other.headers(other.body), other.body, self._post)
+        if not isinstance(answered, Settled | Again):
+            self._say(
+                f"{batch.echo}: other bytes under its number are for readers to judge, but were answered {_words(answered)}"
+            )
 
     def _refused(self, batch: _Batch, body: bytes, code: str, *, announced: bytes | None = None) -> None:
         """Post what must not be taken. No answer, or one for later, says nothing."""
