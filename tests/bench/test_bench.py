@@ -119,7 +119,7 @@ def test_many_hosts_on_a_simulated_clock() -> None:
 
 
 def test_take_over_and_catch_up(tmp_path: Path) -> None:
-    done = bench("bench.hosts", "--lease", "2", "--seconds", "1", "--folder", str(tmp_path))
+    done = bench("bench.hosts", "--lease", "2", "--seconds", "1", "--catch-up", "cold", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr.decode()
     assert b"hand-over on a clean stop" in done.stdout and b"catch-up" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"bodies"}
