@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
-from penstock.server.backlog import SLICE_S, Backlog
+from penstock.server.backlog import SLICE_S, Backlog, refusal
 from penstock.server.message import Request, Response
 
 
@@ -126,3 +127,14 @@ def test_a_pause_and_the_burst_behind_it_make_one_mean() -> None:
         rig.loop.turn()
         assert rig.backlog.wait_s() < 0.2
         rig.finish()
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "told_s", "header"), [(0.0, 1.0, b"1"), (1.0, 1.0, b"1"), (1.01, 1.1, b"2"), (2.95, 3.0, b"3")]
+)
+def test_who_is_refused_is_told_the_wait_and_never_less(wait_s: float, told_s: float, header: bytes) -> None:
+    answer = refusal(600, wait_s)
+    assert (answer.status, answer.headers) == (503, ((b"Retry-After", header),))
+    assert msgspec.json.decode(answer.body)["retry_after_s"] == told_s
+    assert refusal(600, wait_s) is answer, "one for all who are refused alike"
+    assert refusal(601, wait_s).body != answer.body

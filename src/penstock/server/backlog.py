@@ -11,12 +11,15 @@ he gave up.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVarTuple
 
-from penstock.server.message import Request
+from penstock.errors import HubBusy
+from penstock.server.message import Request, Response
+from penstock.server.problems import problem
 
 SLICE_S = 0.004
 _LATELY_S = 1.0
@@ -103,3 +106,15 @@ class Backlog(Generic[*More]):
             self._loop.call_soon(self._turn)
         else:
             self._in_turn = False
+
+
+def refusal(ahead: int, wait_s: float) -> Response:
+    """Of what would wait so long behind so many others. `Retry-After` is that wait, a tenth of a second too long at most."""
+    return _refusal(ahead, math.ceil(10 * max(wait_s, 1.0)) / 10)
+
+
+@functools.lru_cache(maxsize=1)
+def _refusal(ahead: int, retry_after_s: float) -> Response:
+    """Many are refused in one turn of the loop: made once for all of them, as making it costs a third of a refusal."""
+    detail = f"{ahead} batches wait for the disk. Nothing of this one was stored: keep it and send it again later."
+    return problem(HubBusy(detail, retry_after_s=retry_after_s))

@@ -25,7 +25,6 @@ from penstock.errors import (
     EmptyBatch,
     ForbiddenDevice,
     HubBroken,
-    HubBusy,
     HubUnavailable,
     NotConfirmed,
     NoValidEvent,
@@ -34,7 +33,7 @@ from penstock.errors import (
 from penstock.events import Appended, Batch
 from penstock.hub import Refused, WholeHub
 from penstock.server import trace
-from penstock.server.backlog import Backlog
+from penstock.server.backlog import Backlog, refusal
 from penstock.server.framing import Framed, Framing, Posted, own
 from penstock.server.message import Reply, Request, Response
 from penstock.server.numbers import Number, number_of
@@ -133,7 +132,7 @@ class Ingest:
         wait_s = self._backlog.wait_s()
         waiting_bytes = self._waiting_bytes + self._backlog.bytes
         if wait_s > self._wait_s_max or self._ahead() >= self._waiting_max or waiting_bytes > WAITING_BYTES_MAX:
-            reply(problem(self._busy(wait_s)))
+            reply(self._busy(wait_s))
             return
         if self._quota is not None:
             try:
@@ -148,7 +147,7 @@ class Ingest:
             whose = account(request)
             share = self._elsewhere_of.get(whose, 0)
             if self._elsewhere_bytes > ELSEWHERE_BYTES_MAX or share > ELSEWHERE_BYTES_MAX // ELSEWHERE_SHARE:
-                reply(problem(self._busy(wait_s)))
+                reply(self._busy(wait_s))
                 return
             self._elsewhere += 1
             self._elsewhere_bytes += size
@@ -165,11 +164,8 @@ class Ingest:
         """Whether more is to be prepared: for the commit that is under way and for two behind it there is enough."""
         return not self._under_way or (len(self._waiting) < 2 * GROUP_BATCHES and self._ready_bytes < 2 * GROUP_BYTES)
 
-    def _busy(self, wait_s: float) -> HubBusy:
-        return HubBusy(
-            f"{self._ahead()} batches wait for the disk. Nothing of this one was stored: keep it and send it again later.",
-            retry_after_s=round(max(wait_s, 1.0), 3),
-        )
+    def _busy(self, wait_s: float) -> Response:
+        return refusal(self._ahead(), wait_s)
 
     def _prepare_here(self, request: Request, device: str | None, reply: Reply, framing: Framing) -> None:
         try:
