@@ -34,7 +34,7 @@ from bench.paced import Paced, PacedResult
 from bench.refused import DEVICE
 from bench.report import Machine, Target, machine, target, targets_table
 from bench.run import Generator, Loader
-from bench.system import BenchError, Sampler, System, megabytes
+from bench.system import BenchError, Sampler, System, cpu_s, megabytes
 
 P99_RATIO_MOST: Final = 2.0
 ACCEPTED_RATIO_LEAST: Final = 0.9
@@ -44,7 +44,6 @@ OVERLOAD: Final = 3.0
 _CONNECTIONS = 64
 _SINGLE_CONNECTIONS = 256
 _GOOD_CONNECTIONS = 64
-_SINGLE_CONNECTIONS = 256
 _OVERLOAD_CONNECTIONS = 2000
 _CONNECTIONS_OF_A_SOURCE = 1000
 _HEALTH_EVERY_S = 0.05
@@ -76,23 +75,31 @@ class Options(msgspec.Struct, frozen=True):
     single_connections: int
 
 
+class Capacity(msgspec.Struct, frozen=True):
+    """Events/s of a closed loop, and events for a second of the workers' CPU."""
+
+    rate: float
+    per_cpu_s: float
+
+
 class Phase(msgspec.Struct, frozen=True):
-    """The good client in one phase, and the latency of /health beside it. MB are the most of a worker."""
+    """The good client in one phase, and the latency of /health beside it. CPU of the workers in the window; MB are the most of one."""
 
     name: str
     load: PacedResult
+    cpu_s: float
     health_ms: Latency
     worker_mb: float
     attack: AttackResult | None
 
 
 class Hostile(msgspec.Struct, frozen=True):
-    """`ok` is about what is stored alone. `capacities` are events/s of the closed loops, in their order, by what was sent."""
+    """`ok` is about what is stored alone. `capacities` are those of the closed loops, in their order, by what was sent."""
 
     ok: bool
     machine: Machine
     options: Options
-    capacities: dict[str, list[float]]
+    capacities: dict[str, list[Capacity]]
     phases: list[Phase]
     targets: list[Target]
     problems: list[str]
@@ -134,7 +141,7 @@ class Bench:
         self.options = options
         self.accepted = 0
         self.problems: list[str] = []
-        self.capacities: dict[str, list[float]] = {}
+        self.capacities: dict[str, list[Capacity]] = {}
         self._loads = 0
         self.phases: list[Phase] = []
         self._out = out
@@ -155,10 +162,11 @@ class Bench:
             self._producer(),
         )
         with Loader(plan) as loader:
+            used_s = self._cpu_in_window(loader)
             result = loader.result()
         self._count(result.accepted, result.sent, result.failures)
         rate = round(result.accepted_in_window / result.seconds, 1)
-        self.capacities.setdefault(sent.name, []).append(rate)
+        self.capacities.setdefault(sent.name, []).append(Capacity(rate, result.accepted_in_window / used_s))
         self._out.print(f"capacity, {sent.name}: {rate:,.0f} events/s, p99 {result.latency_ms.p99:,.1f} ms")
         return rate
 
@@ -195,6 +203,7 @@ class Bench:
                 attacker.await_mark("began")
             health = closing.enter_context(Health(self.system.port))
             with Sampler(self._workers, 0.5) as sampler, Generator("bench.paced", plan, PacedResult) as generator:
+                used_s = self._cpu_in_window(generator)
                 result = generator.result()
             if attacker is not None:
                 attacker.stop()
@@ -202,7 +211,7 @@ class Bench:
                 self.problems += attacked.unexpected
         most = max(megabytes(memory.anonymous) for samples in sampler.samples.values() for memory in samples)
         self._count(result.accepted, result.sent, result.failures)
-        self.phases.append(Phase(name, result, latency_ms(health.latencies), most, attacked))
+        self.phases.append(Phase(name, result, used_s, latency_ms(health.latencies), most, attacked))
         self._say(self.phases[-1])
 
     def overload(self, sent: Sent) -> None:
@@ -225,6 +234,13 @@ class Bench:
         found = hostile_lines(folder / "data" / "store")
         if found:
             self.problems.append(f"{found} events of hostile clients are stored")
+
+    def _cpu_in_window(self, generator: Loader | Generator[PacedResult]) -> float:
+        """Of the workers, in seconds."""
+        generator.await_mark("began")
+        before = cpu_s(self._workers)
+        generator.await_mark("ended")
+        return sum(cpu_s(self._workers).values()) - sum(before.values())
 
     def _producer(self) -> str:
         """Another name for each load: its numbers begin at one."""
@@ -274,9 +290,11 @@ def targets(bench: Bench) -> Iterator[Target]:
     yield target(what, held.load.latency_ms.p99 / alone_ms, P99_RATIO_MOST, "×")
     yield target("beside all attacks: p99 ÷ p99 alone", attacked.load.latency_ms.p99 / alone_ms, P99_RATIO_MOST, "×")
     for phase, capacities in zip(over, bench.capacities.values(), strict=True):
-        capacity = (capacities[-2] + capacities[-1]) / 2
-        ratio = phase.load.accepted_in_window / phase.load.seconds / capacity
+        accepted, two = phase.load.accepted_in_window, capacities[-2:]
+        ratio = accepted / phase.load.seconds / (sum(one.rate for one in two) / 2)
         yield target(f"{phase.name}: accepted ÷ capacity", ratio, ACCEPTED_RATIO_LEAST, "×", at_least=True)
+        ratio = accepted / phase.cpu_s / (sum(one.per_cpu_s for one in two) / 2)
+        yield target(f"{phase.name}: the same, by the workers' CPU", ratio, ACCEPTED_RATIO_LEAST, "×", at_least=True)
         yield target(f"{phase.name}: refusals, p99", phase.load.refusal_ms.p99, REFUSAL_MS_MOST, "ms")
         yield target(f"{phase.name}: /health, p99", phase.health_ms.p99, REFUSAL_MS_MOST, "ms")
     yield target("a worker's anonymous memory, most", max(p.worker_mb for p in bench.phases), WORKER_MB_MOST, "MB")

@@ -134,7 +134,7 @@ def test_a_moment_beside_hostile_clients_and_a_moment_of_too_much(tmp_path: Path
     report = json.loads(done.stdout)
     assert report["ok"] is True and report["problems"] == []
     assert {kind: len(rates) for kind, rates in report["capacities"].items()} == {"batches": 3, "single events": 2}
-    assert len(report["phases"]) == 6 and len(report["targets"]) == 9
+    assert len(report["phases"]) == 6 and len(report["targets"]) == 11
     assert all(phase["load"]["accepted_in_window"] > 0 for phase in report["phases"])
     attack = report["phases"][3]["attack"]
     assert (attack["idle"], attack["slow"], attack["unexpected"]) == (20, 20, [])
