@@ -262,7 +262,8 @@ class Bench:
         self._out.print(
             f"{phase.name}: {load.accepted_in_window / load.seconds:,.0f} events/s, p50 {load.latency_ms.p50:,.1f} ms, "
             f"p99 {load.latency_ms.p99:,.1f} ms; {load.refused_in_window} refused, p99 {load.refusal_ms.p99:,.1f} ms; sending late by "
-            f"{load.lag_ms.p99:,.1f} ms; /health p99 {phase.health_ms.p99:,.1f} ms; worker {phase.worker_mb:,.0f} MB{held or ''}",
+            f"{load.lag_ms.p99:,.1f} ms, the generator's loop by {load.own_ms.p99:,.1f} ms; "
+            f"/health p99 {phase.health_ms.p99:,.1f} ms; worker {phase.worker_mb:,.0f} MB{held or ''}",
             highlight=False,
         )
         if phase.attack and any(phase.attack.answers.values()):

@@ -62,7 +62,8 @@ class Paced(msgspec.Struct, frozen=True):
 
 class PacedResult(msgspec.Struct, frozen=True, tag="result"):
     """The first group is of the window: batches due, events accepted, batches refused; latencies of 200s from when they were due, of
-    refusals from when they were sent, and of sending itself (what the generator or a lack of connections added). The rest is of all."""
+    refusals from when they were sent, of sending itself (what the generator or a lack of connections added), and of the generator's own
+    loop: how late it wakes, which it adds to any of them. The rest is of all."""
 
     seconds: float
     due: int
@@ -71,6 +72,7 @@ class PacedResult(msgspec.Struct, frozen=True, tag="result"):
     latency_ms: Latency
     refusal_ms: Latency
     lag_ms: Latency
+    own_ms: Latency
     cpu_s: float
     sent: int
     accepted: int
@@ -87,6 +89,7 @@ class Windowed:
         self.latencies: list[float] = []
         self.refusals: list[float] = []
         self.lags: list[float] = []
+        self.own: list[float] = []
 
 
 class Load:
@@ -136,6 +139,7 @@ class Load:
             latency_ms(window.latencies),
             latency_ms(window.refusals),
             latency_ms(window.lags),
+            latency_ms(window.own),
             cpu_s,
             self.sent,
             self.accepted,
@@ -157,7 +161,10 @@ class Load:
                 self.window.due += self.window.kept
                 self._dispatch(due)
                 due += self._random.expovariate(self.plan.rate)
+            asleep = time.perf_counter()
             await asyncio.sleep(_TICK_S)
+            if self.window.kept:
+                self.window.own.append(time.perf_counter() - asleep - _TICK_S)
 
     def _dispatch(self, due: float) -> None:
         if self.free:
