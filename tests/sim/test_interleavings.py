@@ -392,6 +392,8 @@ def digest(thing: Any) -> object:
         return tuple([digest(value) for value in vars(thing).values()])
     if kind is tuple:
         return tuple([digest(value) for value in thing])
+    if kind is dict:
+        return tuple(thing.items())
     if kind is Flag:
         return thing.is_set()
     if kind is io.BytesIO:

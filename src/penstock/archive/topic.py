@@ -33,11 +33,11 @@ def address(url: str) -> Address:
     return parse_url(url)
 
 
-def reached(url: str, given: Given, called: Called) -> tuple[Address, Security]:
+def reached(url: str, given: Given, called: Called | None = None) -> tuple[Address, Security]:
     """As kafka_access has it. Raises SettingsError, also where the package is missing."""
     with _package_of(url):
         from penstock.hub import kafka_access
-    return kafka_access.reached(url, given, called)
+    return kafka_access.reached(url, given, called) if called else kafka_access.reached(url, given)
 
 
 @contextlib.contextmanager

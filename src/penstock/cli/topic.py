@@ -16,7 +16,6 @@ from penstock.blobs import BlobStore
 from penstock.cli.options import beats
 from penstock.clock import Clock, SystemClock
 from penstock.errors import SettingsError
-from penstock.hub.kafka_security import as_flag
 from penstock.settings import Values
 from penstock.wire.frame import FRAME_BYTES_MAX
 
@@ -54,7 +53,7 @@ def asked(where: Layout, values: Values, *others: str) -> Layout:
 def _in_topic(where: Layout, values: Values) -> Layout:
     if values.source("store") == "default":
         raise SettingsError("With --hub the store must be named: --store, the same for all APIs and hosts of this hub.")
-    at, security = reached(values.text("hub"), values, as_flag)
+    at, security = reached(values.text("hub"), values)
     return where._replace(topic=str(at), security=security)
 
 
