@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
@@ -73,3 +74,20 @@ def test_who_is_let_in_behind_another_has_the_same_socket(serve, option):
     assert len(sockets) == 3
     assert len({one.getsockopt(*option) for one in sockets}) == 1
     assert {os.get_blocking(one.fileno()) for one in sockets} == {False}
+
+
+def test_a_drain_ends_behind_those_whom_it_lets_in(serve):
+    """All of them wait in the kernel: nobody else is there who would keep the drain from its end."""
+    served = serve()
+    ((listener, _),) = served.server._listeners
+    served.on_loop(listener.close)
+    clients = [served.client() for _ in range(20)]
+    for client in clients:
+        client.send(GET)
+
+    async def drained() -> int:
+        await served.server.drain(5.0)
+        return len(served.server._arriving)
+
+    assert asyncio.run_coroutine_threadsafe(drained(), served.loop).result(10) == 0
+    assert {client.answer().status for client in clients} <= {200, 503}
